@@ -1,0 +1,34 @@
+"""The errors that autotp raises on purpose: one root, a few kinds.
+
+A message says what failed, where (module, op, ``file:line``), the numbers, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class AutoTPError(Exception):
+    """Root of all errors that autotp raises on purpose. The model is as it was when one is raised."""
+
+
+class TraceError(AutoTPError):
+    """The model's forward could not be captured as a graph (data-dependent branch, inputs that cannot be guessed)."""
+
+
+class PlanError(AutoTPError):
+    """No plan exists for what was asked: a bad tensor-parallel degree, an override that cannot hold, a wrong plan file."""
+
+
+class RewriteError(AutoTPError):
+    """The planned sharding cannot be expressed in the model's code."""
+
+
+class VerifyError(RewriteError):
+    """The rewritten model, traced again, does not compute what was planned."""
+
+
+class RankMismatchError(AutoTPError):
+    """The ranks hold different models, plans or arguments."""
+
+
+class RuleError(AutoTPError):
+    """A sharding rule is malformed, or contradicts the op it is for."""
