@@ -1,0 +1,1 @@
+"""Which logical axes to shard, and where to communicate: from an analysis to a :class:`Plan`."""

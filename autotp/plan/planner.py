@@ -1,0 +1,226 @@
+"""The choice of axes.
+
+The mathematical program. Let *S* be a set of candidates (`candidates.candidates`) of which no two conflict
+(`candidates.conflicts`), corresponding axes of repeated layers in or out together. Among the sets that
+
+* are *maximal*: no further candidate could be added, and
+* shard at least ``1 - TOLERANCE`` of the weight bytes that the best set shards,
+
+find the one of least communication (`reductions.Flow.communicate`: bytes first, then number of
+collectives), then of most sharded bytes. The tolerance lets the hidden dim lose, which touches every last
+norm weight but needs a sum at each of them.
+
+All maximal sets are enumerated (maximal cliques of the complement graph, Bron and Kerbosch 1973); the
+communication of each is an exact minimum cut. Sets whose axes turn out not to be shardable together
+(`PlanError` of the cut) drop out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from ..axes.analysis import Analysis
+from ..axes.term import Atom, Cat, Dim
+from ..errors import PlanError
+from .candidates import Candidate, atoms_of, candidates, conflicts
+from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
+
+#: Share of the sharded weight bytes that may be given up for less communication.
+TOLERANCE = 0.1
+#: How many sets of axes are compared by their communication at most; more are cut off, least bytes first.
+MOST_SETS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The planner's answer.
+
+    Attributes:
+        candidates: the axes that are sharded.
+        communication: where and how much is communicated.
+        sharded_bytes: weight bytes that are sharded; ``weight_bytes``: all of them.
+        proven: every maximal set was compared (False where `MOST_SETS` cut the enumeration off).
+    """
+
+    candidates: tuple[Candidate, ...]
+    communication: Communication
+    sharded_bytes: float
+    weight_bytes: int
+    proven: bool
+
+    @property
+    def ranges(self) -> dict[Atom, tuple[tuple[int, int], ...]]:
+        return {a: r for c in self.candidates for a, r in zip(c.atoms, c.ranges, strict=True)}
+
+
+def sharded_share(dims: Iterable[Dim], sharded: frozenset[Atom]) -> float:
+    """Which share of a value's elements lies on one rank only: 1 for ``(F | F)`` over F, H/(H+2) for ``(H|1|1)``."""
+    whole = 1.0
+    for dim in dims:
+        for factor in dim:
+            if isinstance(factor, Cat):
+                total = sum(_size(part) for part in factor.parts)
+                share = sum(_size(part) * sharded_share([part], sharded) for part in factor.parts) / total
+                whole *= 1 - share
+            elif factor in sharded:
+                whole = 0.0
+    return 1 - whole
+
+
+def _size(dim: Dim) -> int:
+    n = 1
+    for factor in dim:
+        n *= sum(_size(part) for part in factor.parts) if isinstance(factor, Cat) else factor.size
+    return n
+
+
+def choose(
+    analysis: Analysis,
+    tp: int,
+    *,
+    places: Places = ANYWHERE,
+    allow: Callable[[Candidate], bool] = lambda candidate: True,
+    require: Iterable[frozenset[Atom]] = (),
+    tolerance: float = TOLERANCE,
+) -> Choice:
+    """Choose the axes to shard over ``tp`` ranks.
+
+    Args:
+        places: which collectives can be put where.
+        allow: candidates for which it is False are left out (an override, or one that could not be rewritten).
+        require: of each set, one axis has to be sharded (an override).
+
+    Raises:
+        PlanError: no set of axes meets ``require``.
+    """
+    flow = Flow(analysis, places)
+    found = [c for c in candidates(analysis, tp) if allow(c)]
+    own, against = conflicts(analysis, found)
+    found = [c for c in found if c not in own]
+    classes = _classes(found, against)
+    weights = _weights(analysis)
+    total = sum(size for _, size in weights)
+
+    def bytes_of(chosen: Iterable[Candidate]) -> float:
+        sharded = frozenset(a for c in chosen for a in c.atoms)
+        return sum(size * sharded_share(dims, sharded) for dims, size in weights)
+
+    required = tuple(require)
+    sets: list[tuple[float, tuple[Candidate, ...]]] = []
+    cut_off = False
+    for keys in itertools.islice(_maximal_sets(classes, against), 16 * MOST_SETS):
+        chosen = tuple(c for key in sorted(keys) for c in classes[key])
+        atoms = {a for c in chosen for a in c.atoms}
+        if all(atoms & wanted for wanted in required):
+            sets.append((bytes_of(chosen), chosen))
+    sets.sort(key=lambda s: (-s[0], [c.key for c in s[1]]))
+    if required and not sets:
+        raise PlanError("no set of axes can be sharded as the overrides ask")
+    best: Choice | None = None
+    failures: list[str] = []
+    bar: float | None = None
+    for i, (size, chosen) in enumerate(sets or [(0.0, ())]):
+        if bar is not None and size < bar:
+            break
+        if i >= MOST_SETS:
+            cut_off = True
+            break
+        feasible = _communicate(flow, chosen, failures)
+        if feasible is None:
+            continue
+        kept, communication = feasible
+        size = bytes_of(kept)
+        bar = max(bar or 0.0, (1 - tolerance) * size)
+        choice = Choice(kept, communication, size, total, True)
+        if best is None or _rank(choice) < _rank(best):
+            best = choice
+    if best is None:
+        best = Choice((), Communication(), 0.0, total, True)
+    return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)
+
+
+def _rank(choice: Choice) -> tuple[int, int, float]:
+    return choice.communication.cost_bytes, choice.communication.collectives, -choice.sharded_bytes
+
+
+def _communicate(
+    flow: Flow, chosen: tuple[Candidate, ...], failures: list[str]
+) -> tuple[tuple[Candidate, ...], Communication] | None:
+    """The set's communication; where it is impossible as a whole, that of the set without its bad classes."""
+    try:
+        return chosen, flow.communicate(chosen)
+    except PlanError as error:
+        failures.append(str(error))
+    kept: tuple[Candidate, ...] = ()
+    best: Communication | None = None
+    by_key: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in chosen:
+        by_key[candidate.key].append(candidate)
+    for key in by_key:
+        attempt = (*kept, *by_key[key])
+        try:
+            best = flow.communicate(attempt)
+        except PlanError as error:
+            failures.append(str(error))
+        else:
+            kept = attempt
+    return (kept, best) if best is not None else None
+
+
+def _classes(
+    found: Iterable[Candidate], against: Mapping[Candidate, frozenset[Candidate]]
+) -> dict[str, tuple[Candidate, ...]]:
+    """Candidates decided together: those of the same key, unless they conflict with one another."""
+    groups: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in found:
+        groups[candidate.key].append(candidate)
+    classes: dict[str, tuple[Candidate, ...]] = {}
+    for key, members in groups.items():
+        if any(b in against[a] for a, b in itertools.combinations(members, 2)):
+            for i, member in enumerate(members):
+                classes[f"{key}#{i}"] = (member,)
+        else:
+            classes[key] = tuple(members)
+    return classes
+
+
+def _maximal_sets(
+    classes: Mapping[str, tuple[Candidate, ...]], against: Mapping[Candidate, frozenset[Candidate]]
+) -> Iterable[list[str]]:
+    compatible: nx.Graph = nx.Graph()
+    compatible.add_nodes_from(classes)
+    for a, b in itertools.combinations(classes, 2):
+        others = set(classes[b])
+        if not any(against[c] & others for c in classes[a]):
+            compatible.add_edge(a, b)
+    if not classes:
+        return iter([[]])
+    cliques: Iterable[list[str]] = nx.find_cliques(compatible)
+    return cliques
+
+
+def _weights(analysis: Analysis) -> list[tuple[tuple[Dim, ...], int]]:
+    params = analysis.trace.params
+    return [
+        (analysis.dims[node][0], nbytes(node)) for fqn, node in params.items() if fqn not in analysis.trace.is_buffer
+    ]
+
+
+def holders(analysis: Analysis, candidate: Candidate) -> list[str]:
+    """The parameters that hold an axis of this candidate."""
+    wanted = set(candidate.atoms)
+    return [
+        fqn
+        for fqn, node in analysis.trace.params.items()
+        if fqn not in analysis.trace.is_buffer and wanted & set(atoms_of(analysis.dims[node][0]))
+    ]
+
+
+def reduced(choice: Choice, node: fx.Node) -> bool:
+    return node in choice.communication.reduce

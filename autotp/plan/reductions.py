@@ -1,0 +1,401 @@
+"""Where to communicate, given the axes to shard: the provably cheapest places.
+
+**Forward.** A contraction over a sharded axis leaves each rank with an addend: the value is Partial.
+It stays right through every linear op, so it may be summed at any vertex between the op that made it
+and the first that needs it whole; where branches join (attention and MLP of a parallel-residual block)
+one sum can serve both. The cheapest set of all-reduces is a minimum vertex cut.
+
+**Backward.** A value that is whole on every rank and enters an op over sharded axes gets from each rank
+only a part of its gradient. Gradients pass backwards linearly through anything, so the sum may wait until
+they meet a whole gradient, a parameter, or an op that needs the gradient whole. One ``enter`` (identity
+forward, all-reduce backward; Megatron-LM's *f*, Shoeybi et al. 2019) at a value serves all of its sharded
+uses. Again a minimum vertex cut, on the gradients.
+
+**Conversions** are fixed by the axes: where producer and use of a value disagree it is gathered or sliced.
+
+Costs are in units of bytes × (tp−1)/tp that a ring moves per rank: an all-reduce of *n* bytes counts 2·n,
+an all-gather n (Patarasuk and Yuan 2009).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..axes.analysis import Analysis, OpInfo
+from ..axes.term import Atom, Dim
+from ..errors import PlanError
+from .candidates import Candidate, atoms_of
+from .cut import VertexCut
+
+#: Among cuts of the same bytes: fewer collectives, then hooks before patches of the user's source.
+FINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Operand number ``operand`` of the op at node ``consumer``, made by ``producer``."""
+
+    producer: fx.Node
+    consumer: fx.Node
+    operand: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """An operand is gathered (``"gather"``) or sliced for free (``"take"``) along ``dim``.
+
+    ``consumer`` is None where the op's own output is sliced (it was computed whole), or a model output gathered.
+    """
+
+    kind: str
+    producer: fx.Node
+    consumer: fx.Node | None
+    operand: int
+    dim: int
+    axes: Dim
+    cost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Communication:
+    """Everything that moves, for one choice of axes.
+
+    Attributes:
+        reduce: values that are all-reduced in the forward.
+        masked: operands that are whole but join a Partial sum: they count on one rank only.
+        partial: values that are Partial on each rank (before the reduce, where there is one).
+        enter: value → the uses that share one gradient all-reduce.
+        sync: parameters whose gradient is summed after the backward (over ranks that hold the same slice).
+        conversions: gathers and slices.
+        cost_bytes: ring bytes of all of it; ``collectives``: how many.
+    """
+
+    reduce: frozenset[fx.Node] = frozenset()
+    masked: frozenset[Edge] = frozenset()
+    partial: frozenset[fx.Node] = frozenset()
+    enter: dict[fx.Node, tuple[Edge, ...]] = field(default_factory=dict)
+    sync: frozenset[fx.Node] = frozenset()
+    conversions: tuple[Conversion, ...] = ()
+    cost_bytes: int = 0
+    collectives: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which collectives the rewriter can put where, and how willingly (0: a hook; 1: a patch of the source)."""
+
+    reduce: Callable[[fx.Node], int | None]
+    enter: Callable[[fx.Node], int | None]
+    mask: Callable[[Edge], bool]
+
+
+ANYWHERE = Places(reduce=lambda node: 0, enter=lambda node: 0, mask=lambda edge: True)
+
+
+class Flow:
+    """The analysed graph in the form that the cuts ask about; made once, used for every choice of axes."""
+
+    def __init__(self, analysis: Analysis, places: Places = ANYWHERE) -> None:
+        self.analysis = analysis
+        self.places = places
+        self.order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
+        self.edges: list[Edge] = []
+        self.uses: dict[fx.Node, list[Edge]] = defaultdict(list)
+        for node, info in analysis.ops.items():
+            for i, operand in enumerate(info.operands):
+                edge = Edge(operand.node, node, i)
+                self.edges.append(edge)
+                self.uses[operand.node].append(edge)
+        self.output_nodes = frozenset(port.node for port in analysis.trace.outputs)
+        self.params = frozenset(
+            node for fqn, node in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
+        )
+        self.differentiable = self._differentiable()
+        self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
+        self._dims_atoms = {
+            node: frozenset(a for dims in outs for a in atoms_of(dims)) for node, outs in analysis.dims.items()
+        }
+
+    def _differentiable(self) -> frozenset[fx.Node]:
+        """Values with a gradient: what depends on a parameter or a float input through float values."""
+        roots = {p for p in self.params if _is_float(p)}
+        roots |= {port.node for port in self.analysis.trace.inputs if _is_float(port.node)}
+        found = set(roots)
+        for node, info in self.analysis.ops.items():
+            if _is_float(node) and any(operand.node in found for operand in info.operands):
+                found.add(node)
+        return frozenset(found)
+
+    # ---- what a choice of axes means at one op -------------------------------------------------
+
+    def held_by_op(self, node: fx.Node, sharded: frozenset[Atom]) -> frozenset[Atom]:
+        """The sharded axes on any operand (as used) or output of the op."""
+        own = self._own.get(node)
+        return sharded & own if own else frozenset()
+
+    def held_by(self, node: fx.Node, sharded: frozenset[Atom]) -> frozenset[Atom]:
+        return sharded & self._dims_atoms.get(node, frozenset())
+
+    def communicate(self, chosen: tuple[Candidate, ...]) -> Communication:
+        """The cheapest communication for these axes.
+
+        Raises:
+            PlanError: the axes cannot be sharded together without a step that autotp cannot take.
+        """
+        sharded = frozenset(a for c in chosen for a in c.atoms)
+        pairs = {c.atoms[0]: c.atoms[1] for c in chosen if len(c.atoms) == 2}
+        conversions = tuple(self._conversions(sharded))
+        self._check_contractions(sharded, pairs)
+        reduce, partial, masked, forward_cost = self._forward(sharded, conversions)
+        enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions)
+        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
+        cost = forward_cost + backward_cost + sum(gathers.values())
+        return Communication(
+            reduce, masked, partial, enter, sync, conversions, cost, len(reduce) + len(enter) + len(sync) + len(gathers)
+        )
+
+    # ---- conversions ---------------------------------------------------------------------------
+
+    def _conversions(self, sharded: frozenset[Atom]) -> Iterator[Conversion]:
+        dims = self.analysis.dims
+        for node, info in self.analysis.ops.items():
+            for i, operand in enumerate(info.operands):
+                made = dims[operand.node][operand.output]
+                if made == operand.dims:
+                    continue
+                for d, (have, want) in enumerate(zip(made, operand.dims, strict=True)):
+                    yield from self._convert(operand.node, node, i, d, have, want, sharded)
+            for output, d in info.whole_out:
+                want = info.out[output][d]
+                if sharded & frozenset(atoms_of([want])):
+                    yield Conversion("take", node, None, output, d, want, 0)
+        for node in self.output_nodes:
+            for d, have in enumerate(dims[node][0]):
+                yield from self._convert(node, None, 0, d, have, (), sharded)
+
+    def _convert(
+        self, producer: fx.Node, consumer: fx.Node | None, i: int, d: int, have: Dim, want: Dim, sharded: frozenset[Atom]
+    ) -> Iterator[Conversion]:
+        has = sharded & frozenset(atoms_of([have]))
+        wants = sharded & frozenset(atoms_of([want]))
+        if has and wants and have == want:
+            return
+        if has:
+            yield Conversion("gather", producer, consumer, i, d, have, FINE * nbytes(producer) + 1)
+        if wants:
+            yield Conversion("take", producer, consumer, i, d, want, 0)
+
+    def _check_contractions(self, sharded: frozenset[Atom], pairs: dict[Atom, Atom]) -> None:
+        for node, info in self.analysis.ops.items():
+            for dim in info.contracted:
+                held = sharded & frozenset(atoms_of([dim]))
+                if not held:
+                    continue
+                if any(outer in held and inner not in held for outer, inner in pairs.items()):
+                    raise PlanError(f"{node}: sums over an axis that ranks hold in common")
+                if not _covers(dim, sharded):
+                    raise PlanError(f"{node}: sums over an axis that is sharded only in part")
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def _forward(
+        self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...]
+    ) -> tuple[frozenset[fx.Node], frozenset[fx.Node], frozenset[Edge], int]:
+        ops = self.analysis.ops
+        sources = {n for n, info in ops.items() if sharded & frozenset(atoms_of(info.contracted))}
+        if not sources:
+            return frozenset(), frozenset(), frozenset(), 0
+        converted = {(c.producer, c.consumer) for c in conversions}
+        reached = set(sources)
+        for node, info in ops.items():
+            if node not in reached and any(o.node in reached for o in info.operands):
+                reached.add(node)
+
+        def accepts(edge: Edge) -> bool:
+            info = ops[edge.consumer]
+            if info.mutates is not None or info.random or (edge.producer, edge.consumer) in converted:
+                return False
+            if self.held_by_op(edge.consumer, sharded):
+                return False
+            if info.linear.kind == "add":
+                return (not info.linear.of or edge.operand in info.linear.of) and all(
+                    o.node in reached or self.places.mask(Edge(o.node, edge.consumer, j))
+                    for j, o in enumerate(info.operands)
+                )
+            if info.linear.kind == "mul":
+                others = [o.node for j, o in enumerate(info.operands) if j != edge.operand]
+                return edge.operand in info.linear.of and not any(o in reached for o in others)
+            return False
+
+        cut: VertexCut[fx.Node] = VertexCut()
+        frontier = sorted(sources, key=self.order.__getitem__)
+        added = set(frontier)
+        for node in frontier:
+            cut.start(node)
+        while frontier:
+            node = frontier.pop()
+            willing = self.places.reduce(node)
+            price = None if willing is None else 2 * FINE * nbytes(node) + 2 + willing
+            cut.vertex(node, price)
+            whole = node in self.output_nodes or (node, None) in converted
+            for edge in self.uses[node]:
+                if accepts(edge):
+                    cut.flow(node, edge.consumer)
+                    if edge.consumer not in added:
+                        added.add(edge.consumer)
+                        frontier.append(edge.consumer)
+                else:
+                    whole = True
+            if whole:
+                cut.end(node)
+        cost, reduce, unreduced = cut.solve()
+        partial = reduce | unreduced
+        masked = frozenset(
+            Edge(o.node, node, j)
+            for node in partial
+            for j, o in enumerate(ops[node].operands)
+            if (node not in sources and ops[node].linear.kind == "add" and o.node not in unreduced)
+            or (node in sources and j in ops[node].added)
+        )
+        return reduce, partial, masked, cost
+
+    # ---- backward ------------------------------------------------------------------------------
+
+    def _backward(
+        self,
+        sharded: frozenset[Atom],
+        pairs: dict[Atom, Atom],
+        flowing: frozenset[fx.Node],
+        masked: frozenset[Edge],
+        conversions: tuple[Conversion, ...],
+    ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], int]:
+        ops, dims = self.analysis.ops, self.analysis.dims
+        gathered = {(c.producer, c.consumer) for c in conversions if c.kind == "gather"}
+        held = {node: self.held_by(node, sharded) for node in dims}
+        disjoint = {
+            node for node, outs in dims.items() if held[node] and all(is_disjoint(d, sharded, pairs) for d in outs)
+        }
+        # Partly common (a fused (H|1|1)·D, or kv heads that a subgroup shares): its gradient must stay as
+        # partial as it comes, or the sum at the input of the op that made it would count the common part twice.
+        mixed = {node for node in ops if held[node] and node not in disjoint and node in self.differentiable}
+
+        def sharded_use(edge: Edge) -> bool:
+            if edge in masked or edge.producer in disjoint:
+                return False
+            info = ops[edge.consumer]
+            if info.linear.kind == "mul" and any(
+                o.node in flowing for j, o in enumerate(info.operands) if j != edge.operand
+            ):
+                return True
+            return bool(self.held_by_op(edge.consumer, sharded) - held[edge.producer])
+
+        def neutral(edge: Edge) -> bool:
+            """A use that only takes the sharded part out of a partly common value."""
+            info = ops[edge.consumer]
+            return edge.producer in mixed and edge.consumer in disjoint and len(info.operands) == 1
+
+        live = [e for e in self.edges if e.producer in self.differentiable and e.consumer in self.differentiable]
+        sources = {e for e in live if sharded_use(e)}
+        if not sources:
+            return {}, frozenset(), 0
+        if any((e.producer, e.consumer) in gathered for e in sources):
+            raise PlanError("a gathered value enters an op over another sharded axis")
+
+        def needs_whole(node: fx.Node) -> bool:
+            """Whether the op that made ``node`` can only go backwards from a whole gradient."""
+            return node not in mixed and (bool(self.held_by_op(node, sharded)) or node in flowing)
+
+        reached = {e.producer for e in sources} | mixed
+        for node in reversed(list(ops)):  # values that a partial gradient can reach, walking backwards
+            if node in reached and not needs_whole(node):
+                reached |= {
+                    o.node for o in ops[node].operands if o.node in self.differentiable and o.node not in disjoint
+                }
+        cut: VertexCut[fx.Node] = VertexCut()
+        for node in sorted(reached, key=self.order.__getitem__):
+            is_param = node in self.params
+            willing = 0 if is_param else self.places.enter(node)
+            barred = node in mixed or willing is None
+            cut.vertex(node, None if barred else 2 * FINE * nbytes(node) + 2 + (willing or 0))
+            stop = is_param or node not in ops or node in self.output_nodes or needs_whole(node)
+            for edge in self.uses[node]:
+                if edge.consumer not in self.differentiable or neutral(edge):
+                    continue
+                if edge in sources:
+                    cut.start(node)
+                elif (node, edge.consumer) in gathered:
+                    stop = True
+                    if edge.consumer in reached:
+                        cut.end(edge.consumer)
+                elif edge.consumer in reached and edge not in masked:
+                    cut.flow(edge.consumer, node)
+                    cut.require(node, edge.consumer)
+                else:
+                    stop = True
+            if stop:
+                cut.end(node)
+        cost, entered, uncut = cut.solve()
+        enter: dict[fx.Node, tuple[Edge, ...]] = {}
+        sync = set()
+        for node in sorted(entered, key=self.order.__getitem__):
+            uses = [e for e in self.uses[node] if e.consumer in self.differentiable and not neutral(e)]
+            partial_uses = tuple(e for e in uses if e in sources or (e.consumer in uncut and e not in masked))
+            if node not in self.params:
+                enter[node] = partial_uses
+            elif len(partial_uses) < len(uses):
+                raise PlanError(f"{node}: a parameter used both in and outside a sharded region")
+            else:
+                sync.add(node)
+        return enter, frozenset(sync), cost
+
+
+def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Atom, Atom]) -> bool:
+    """Whether each element of a value with these dims lies on exactly one rank.
+
+    ``pairs`` maps the outer to the inner axis of nested candidates: only together do they tell ranks apart.
+    """
+    single = sharded - set(pairs) - set(pairs.values())
+    if any(_covers(dim, single) for dim in dims):
+        return True
+    return any(
+        any(_covers(dim, single | {outer}) for dim in dims) and any(_covers(dim, single | {inner}) for dim in dims)
+        for outer, inner in pairs.items()
+    )
+
+
+def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
+    found = set(atoms_of(info.contracted))
+    for operand in info.operands:
+        found |= set(atoms_of(operand.dims))
+    for dims in info.out:
+        found |= set(atoms_of(dims))
+    return frozenset(found)
+
+
+def _covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
+    """Whether each element of ``dim`` lies on one rank only: no part of a Cat stays whole."""
+    for factor in dim:
+        if isinstance(factor, Atom):
+            if factor in sharded:
+                return True
+        elif all(_covers(part, sharded) for part in factor.parts):
+            return True
+    return False
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return any(getattr(v, "is_floating_point", bool)() for v in value)
+    return bool(getattr(value, "is_floating_point", bool)())
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of the (unsharded) value that ``node`` makes."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return sum(v.numel() * v.element_size() for v in values if hasattr(v, "numel"))
