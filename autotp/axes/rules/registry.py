@@ -85,9 +85,11 @@ class OpContext:
         self._operand_paths: list[Path] = []
         self._operand_outputs: list[int] = []
         self._dims: list[list[Dim]] = []
+        self._blocked: set[tuple[int, int]] = set()
         self._whole_dims: set[int] = set()  # ids of atoms that `whole` made
         self._local: dict[str, Callable[[LocalSize], Any]] = {}
         self._localize: Localize | None = None
+        self.notes: list[str] = []
         # what the rule has said
         self.results: tuple[tuple[Dim, ...], ...] | None = None
         self.whole_results: set[tuple[int, int]] = set()
@@ -223,14 +225,15 @@ class OpContext:
         first = self._dims[real[0][0]][real[0][1]]
         mark = self.solver.mark()
         try:
+            if any(use in self._blocked for use in real):
+                raise CannotUnify("blocked at this op")
             for i, d in real[1:]:
                 self.solver.unify(first, self._dims[i][d])
-        except CannotUnify:
+        except CannotUnify as error:
             self.solver.undo(mark)
+            self.notes.append(str(error))
             for i, d in real:
                 self.block(i, d)
-            return self.whole(self.solver.size(first))
-        if any(self._is_blocked(i, d) for i, d in real):
             return self.whole(self.solver.size(first))
         return first
 
@@ -243,14 +246,22 @@ class OpContext:
 
     def block(self, i: int, d: int) -> Dim:
         """This op needs dim `d` of operand `i` whole: the operand's dim becomes a fresh frozen axis."""
+        d %= self.rank(i)
         dim = self._dims[i][d]
+        self._blocked.add((i, d))
         if not self.solver.is_frozen(dim):
             dim = self.solver.fresh(self.solver.size(dim), frozen=True)
             self._dims[i][d] = dim
         return dim
 
-    def _is_blocked(self, i: int, d: int) -> bool:
-        return bool(self._dims[i][d]) and self._dims[i][d] != self._consume(self._nodes[i])[self._operand_outputs[i]][d]
+    def is_blocked(self, i: int, d: int) -> bool:
+        """Whether this op needs dim `d` of operand `i` whole."""
+        return (i, d % self.rank(i)) in self._blocked
+
+    def consume_as(self, i: int, d: int, dim: Dim) -> None:
+        """Operand `i` enters with this dim in place of its producer's (some atoms of it blocked, say)."""
+        assert self.solver.size(dim) == self.solver.size(self._dims[i][d])
+        self._dims[i][d] = dim
 
     def whole(self, size: int) -> Dim:
         """A fresh axis for a result's dim that the op computes whole (and that may be sliced for free after it)."""
@@ -462,7 +473,7 @@ def make_einsum_rule(
                 bound[letter] = op.whole(size)
             else:
                 bound[letter] = op.join(places)
-                if letter not in kept and not any(op._is_blocked(i, d) for i, d in places):
+                if letter not in kept and not any(op.is_blocked(i, d) for i, d in places):
                     op.contract(bound[letter])
         width = max((n for _, n in spread), default=0)
         leading = [op.join((i, n - k) for i, n in spread if n >= k) for k in range(width, 0, -1)]
