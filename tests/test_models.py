@@ -1,4 +1,4 @@
-"""The models of the tests themselves: each builds, runs, is a function of its seed, and reaches all its parameters."""
+"""The models of the tests themselves: each runs, follows its seed, and uses all its parameters."""
 
 from __future__ import annotations
 

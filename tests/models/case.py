@@ -31,9 +31,15 @@ class ModelCase:
         return model
 
     def inputs(
-        self, seed: int = 0, batch: int = BATCH, seq: int = SEQ, *, dtype: torch.dtype = torch.float64, **options: Any
+        self,
+        seed: int = 0,
+        batch: int = BATCH,
+        seq: int = SEQ,
+        *,
+        dtype: torch.dtype = torch.float64,
+        **options: Any,
     ) -> Inputs:
-        """Positional arguments as a tuple or keyword arguments as a dict; ``labels=True`` where the model takes them."""
+        """Positional arguments as a tuple, or keyword arguments as a dict."""
         generator = torch.Generator().manual_seed(1000 + seed)
         return self.feed(generator, dtype, batch, seq, **options)
 

@@ -32,7 +32,9 @@ CAUSAL_MULTI_HEAD: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
-        dict(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=FEED_FORWARD, n_positions=64),
+        dict(
+            vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=FEED_FORWARD, n_positions=64
+        ),
     ),
     "gpt_neox": (
         "GPTNeoXConfig",
@@ -243,6 +245,7 @@ SDPA_AND_EAGER: Variants = ({}, {"attn": "eager"})
 def _variants(name: str) -> Variants:
     attention: Variants = ({},) if name in EAGER_ONLY else SDPA_AND_EAGER
     return (*attention, *({"kv_heads": 2, **v} for v in attention)) if name in CAUSAL else attention
+
 
 HF_MODELS = (
     *(

@@ -105,8 +105,14 @@ def _hidden_states(width: int):
 
 
 NAIVE_MODELS = (
-    ModelCase("naive_mha", lambda d_model=40, n_heads=8: MultiHeadAttention(d_model, n_heads), _hidden_states(40)),
-    ModelCase("fused_mha", lambda d_model=40, n_heads=8: FusedMultiHeadAttention(d_model, n_heads), _hidden_states(40)),
+    ModelCase(
+        "naive_mha", lambda d_model=40, n_heads=8: MultiHeadAttention(d_model, n_heads), _hidden_states(40)
+    ),
+    ModelCase(
+        "fused_mha",
+        lambda d_model=40, n_heads=8: FusedMultiHeadAttention(d_model, n_heads),
+        _hidden_states(40),
+    ),
     ModelCase(
         "transformer_layer",
         lambda d_model=40, n_heads=8, d_ff=52, dropout=0.1: TransformerLayer(d_model, n_heads, d_ff, dropout),

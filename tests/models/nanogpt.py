@@ -1,7 +1,4 @@
-"""A GPT in the style of nanoGPT, in our own words: fused projection, tied head, learned positions, loss inside.
-
-The demo trains this model too (``examples/demo.py`` has its own copy, so that it runs without the tests).
-"""
+"""A GPT in the style of nanoGPT, in our own words: fused projection, tied head, learned positions."""
 
 from __future__ import annotations
 
@@ -111,7 +108,9 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         device = idx.device
         b, t = idx.size()
-        assert t <= self.config.block_size, f"sequence of {t} tokens, but the block size is {self.config.block_size}"
+        assert t <= self.config.block_size, (
+            f"{t} tokens, but the block size is {self.config.block_size}"
+        )
         pos = torch.arange(0, t, dtype=torch.long, device=device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for block in self.transformer.h:

@@ -76,9 +76,7 @@ def _query_key_value(generator: torch.Generator, dtype: torch.dtype, batch: int,
 
 
 TORCH_MODELS = (
-    ModelCase(
-        "torch_encoder", _encoder, _one, variants=({}, {"norm_first": True}, {"batch_first": False})
-    ),
+    ModelCase("torch_encoder", _encoder, _one, variants=({}, {"norm_first": True}, {"batch_first": False})),
     ModelCase("torch_decoder", _decoder, _target_and_memory, variants=({}, {"norm_first": True})),
     ModelCase("torch_mha", SelfAttention, _one, variants=({}, {"causal": True}, {"need_weights": True})),
     ModelCase("torch_cross_attention", CrossAttention, _query_key_value),

@@ -1,4 +1,4 @@
-"""A vision transformer in the usual style: one qkv projection permuted to the front, a class token, a patch conv."""
+"""A vision transformer in the usual style: qkv permuted to the front, a class token, a patch convolution."""
 
 from __future__ import annotations
 
