@@ -1,10 +1,9 @@
 """The models that the tests shard, written as people write them, with no thought for tensor parallelism.
 
 ``MODELS`` is the table. Sizes are tiny and differ from one another wherever the architecture lets them (8
-heads of 5 or 6, widths 40, 48 and 52, vocabulary 61, batch 3, sequence 5), so that no two axes can be mistaken
-for each other by their size; 8 heads are even on 2 and 4 ranks and uneven (3, 3, 2) on 3. Every parameter is
-drawn afresh from the seed, biases and norm weights too: with biases of zero, one that is added once per rank
-would go unseen.
+heads of 5 or 6, widths 40, 48 and 52, vocabulary 61, batch 3, sequence 5), so that no two axes can be mixed
+up by their size; 8 heads are even on 2 and 4 ranks and uneven (3, 3, 2) on 3. Every parameter is drawn afresh
+from the seed, biases and norm weights too: with biases of zero, one added once per rank would go unseen.
 """
 
 from __future__ import annotations
