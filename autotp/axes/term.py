@@ -365,7 +365,13 @@ class Solver:
         assert isinstance(factor, Cat)
         if len(factor.parts) > MAX_PARTS:
             raise CannotUnify(f"a concatenation of {len(factor.parts)} parts")
-        pieces = self._cut(other, [size_of(part) for part in factor.parts])
+        sizes = [size_of(part) for part in factor.parts]
+        if isinstance(other[0], Cat) and sizes != [size_of(part) for part in other[0].parts]:
+            # the occurs check: (a | 1) against (1 | a), from shifted slices, would go down to single elements
+            shared = {x for x in atoms_of(cat) if x not in self._frozen}.intersection(atoms_of(other))
+            if shared:
+                raise CannotUnify(f"{show(cat)} against {show(other)} would shift {min(shared, key=lambda x: x.id)}")
+        pieces = self._cut(other, sizes)
         for part, piece in zip(factor.parts, pieces, strict=True):
             self._unify(part, piece)
 

@@ -80,6 +80,7 @@ class OpContext:
         self._constant = constant
         self.args: dict[str, Any] = {}
         self.paths: dict[str, Path] = {}
+        self.tensor_names: list[str] = []  # arguments of type Tensor, Tensor? or lists of them
         self._bind_schema()
         self._nodes: list[fx.Node] = []
         self._operand_paths: list[Path] = []
@@ -106,9 +107,12 @@ class OpContext:
             self.args = {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
             self.paths = {str(i): ("args", i) for i in range(len(node.args))}
             self.paths |= {k: ("kwargs", k) for k in node.kwargs}
+            self.tensor_names = [n for n in self.paths if self.has(n)]
             return
         for i, argument in enumerate(schema.arguments):
             name = argument.name
+            if "Tensor" in str(argument.type):
+                self.tensor_names.append(name)
             if i < len(node.args) and not argument.kwarg_only:
                 self.args[name], self.paths[name] = node.args[i], ("args", i)
             elif name in node.kwargs:
@@ -438,13 +442,12 @@ def make_einsum_rule(
     of, added = tuple(of), tuple(added)
 
     def apply(op: OpContext) -> None:
-        names = [n for n in op.paths if op.has(n) or op.args[n] is None]
         slots: list[int | None] = []
-        for name in names:
-            value = op.args[name]
-            slots += op.tensors(name) if isinstance(value, (list, tuple)) else [op.tensor(name) if op.has(name) else None]
-        # an absent optional argument (None) that is no tensor in the schema must not take a term's place
-        slots = slots if sum(s is not None for s in slots) < len(left) else [s for s in slots if s is not None]
+        for name in op.tensor_names:
+            if isinstance(op.args[name], (list, tuple)):
+                slots += op.tensors(name)
+            else:
+                slots.append(op.tensor(name) if op.has(name) else None)
         number: dict[int, int] = {}
         uses: dict[str, list[tuple[int, int]]] = {}
         spread: list[tuple[int, int]] = []  # operands with "...", and how many dims it stands for
