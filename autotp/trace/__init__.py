@@ -1,0 +1,1 @@
+"""Model → graph: capture, call sites, provenance integers, scenarios, example inputs."""

@@ -1,0 +1,91 @@
+"""Values known while tracing: small tensors that a forward makes out of literals, `arange` and integer
+buffers.
+
+An `index` by such a tensor is a slice to the analysis (Falcon picks its keys with `fused_qkv[..., [-2], :]`),
+and a branch on one (`if positions.max() > limit`) can be followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+LARGEST = 1 << 16  # elements
+
+
+class Constants:
+    """The known values of a growing graph. `advance` takes in the nodes made since the last call."""
+
+    def __init__(self, root: Any, buffers: Mapping[fx.Node, torch.Tensor]) -> None:
+        self.root = root
+        self.buffers = buffers
+        self.values: dict[fx.Node, torch.Tensor | list[Any] | tuple[Any, ...]] = {}
+
+    def advance(self, nodes: Iterator[fx.Node]) -> None:
+        for node in nodes:
+            if node.op == "placeholder" and node in self.buffers:
+                self.values[node] = self.buffers[node]
+            elif node.op == "get_attr":
+                value = getattr(self.root, str(node.target), None)
+                if (
+                    isinstance(value, torch.Tensor)
+                    and not isinstance(value, FakeTensor)
+                    and value.device.type == "cpu"
+                ):
+                    self.values[node] = value.detach()
+            elif node.op == "call_function":
+                self._evaluate(node)
+
+    def tensors(self) -> dict[fx.Node, torch.Tensor]:
+        return {node: value for node, value in self.values.items() if isinstance(value, torch.Tensor)}
+
+    def _evaluate(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            if target._schema.is_mutable:
+                self._forget_mutated(node, target)
+                return
+            if not _deterministic(target):
+                return
+        elif getattr(target, "__name__", "") != "getitem":
+            return
+        if any(arg not in self.values for arg in node.all_input_nodes) or not _small(node.meta.get("val")):
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self.values[arg])
+        try:
+            self.values[node] = target(*args, **kwargs)
+        except Exception:  # a constant is a bonus: what cannot be computed here stays unknown
+            return
+
+    def _forget_mutated(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
+        """A value that is written to is not a constant, nor are its views."""
+        given = (
+            dict(zip((arg.name for arg in target._schema.arguments), node.args, strict=False)) | node.kwargs
+        )
+        for argument in target._schema.arguments:
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for written in pytree.tree_leaves(given.get(argument.name)):
+                value = self.values.get(written) if isinstance(written, fx.Node) else None
+                if isinstance(value, torch.Tensor):
+                    storage = value.untyped_storage().data_ptr()
+                    for other, held in list(self.values.items()):
+                        if isinstance(held, torch.Tensor) and held.untyped_storage().data_ptr() == storage:
+                            del self.values[other]
+
+
+def _deterministic(target: torch._ops.OpOverload) -> bool:
+    name = target._schema.name.split("::")[-1]
+    return torch.Tag.nondeterministic_seeded not in target.tags and not name.startswith(
+        ("empty", "new_empty")
+    )
+
+
+def _small(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(not isinstance(x, torch.Tensor) or x.numel() <= LARGEST for x in leaves)

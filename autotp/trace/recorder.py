@@ -1,0 +1,205 @@
+"""What is noted while the forward runs: for each node its call, its module and its place in the source."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autotp.trace.constants import Constants
+from autotp.trace.graph import Call, Port
+from autotp.trace.leaves import int_leaves, tensor_leaves
+from autotp.trace.makefx import node_of
+from autotp.trace.provenance import Dim, Session, make
+from autotp.trace.sites import forward_code, frames_to
+
+_SHAPE = torch.Tensor.shape
+_READS: dict[Any, Callable[[torch.Tensor], Any]] = {
+    torch.Tensor.__bool__: bool,
+    torch.Tensor.__int__: int,
+    torch.Tensor.__float__: float,
+    torch.Tensor.__index__: int,
+    torch.Tensor.item: torch.Tensor.item,
+    torch.Tensor.tolist: torch.Tensor.tolist,
+}
+
+
+@dataclass(slots=True)
+class RanModule:
+    """A module call as it is recorded: marks are the last node made before its forward, and the last made in
+    it."""
+
+    fqn: str
+    index: int
+    inputs: tuple[Port, ...]
+    before: fx.Node
+    outputs: tuple[Port, ...] = ()
+    end: fx.Node | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    fqn: str
+    code: CodeType | None
+
+
+@dataclass(eq=False)
+class Recorder(TorchFunctionMode):
+    """Entered inside the traced function. Every torch call passes through it, and every module call through
+    `modules`."""
+
+    module: nn.Module
+    tracer: Any
+    session: Session | None
+    constants: Constants
+    ran: list[RanModule] = field(default_factory=list)
+    failed_in: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.fqns = {id(m): fqn for fqn, m in self.module.named_modules()}
+        self.running: list[_Running] = []
+        self.times: dict[str, int] = {}
+        self.calls = 0
+        self.seen = self._last()
+        self.known = self.tracer.graph._root  # the last node that `constants` has taken in
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.size or getattr(func, "__self__", None) is _SHAPE:
+            return self._sized(func(*args, **kwargs), args, kwargs)
+        if func in _READS and (value := self._known_value(args[0])) is not None:
+            with _disable_current_modes():
+                return _READS[func](value)
+        self.attribute(None)
+        out = func(*args, **kwargs)
+        if self._last() is not self.seen:
+            self.attribute(self._call(func, args, kwargs, sys._getframe(1)))
+            for _, tensor in tensor_leaves(out, ()):
+                if (node := node_of(tensor, self.tracer)) is not None:
+                    node.meta["requires_grad"] = tensor.requires_grad
+        return out
+
+    def attribute(self, call: Call | None) -> None:
+        """Say of the nodes made since the last time that `call` made them, in the module now running."""
+        last = self._last()
+        while self.seen is not last:
+            self.seen = self.seen.next
+            self.seen.meta["call"] = call
+            self.seen.meta["module"] = self.running[-1].fqn if self.running else ""
+
+    def _last(self) -> fx.Node:
+        node: fx.Node = self.tracer.graph._root.prev
+        return node
+
+    def _call(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType) -> Call:
+        inner = self.running[-1] if self.running else _Running("", None)
+        frames = frames_to(frame, inner.code, _CALL_MODULE_CODE)
+        name = getattr(func, "__name__", None) or str(func)
+        if name == "__get__":  # a property: T, mT, real …
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        ints = (*int_leaves(args, ("args",)), *int_leaves(kwargs, ("kwargs",)))
+        self.calls += 1
+        return Call(name, frames[0] if frames else None, frames, inner.fqn, ints, self.calls - 1)
+
+    def _sized(self, size: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A size that was read, as provenance integers."""
+        node = (
+            node_of(args[0], self.tracer)
+            if self.session is not None and isinstance(args[0], torch.Tensor)
+            else None
+        )
+        if node is None or self.session is None:
+            return size
+        if isinstance(size, torch.Size):
+            return torch.Size([make(int(n), Dim(node, d), self.session) for d, n in enumerate(size)])
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if type(size) is int and isinstance(dim, int):
+            return make(size, Dim(node, int(dim) % args[0].dim()), self.session)
+        return size
+
+    def _known_value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        node = node_of(tensor, self.tracer)
+        if node is None:
+            return None
+        with _disable_current_modes():
+            self.constants.advance(self._unknown())
+        value = self.constants.values.get(node)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def _unknown(self) -> Iterator[fx.Node]:
+        last = self._last()
+        while self.known is not last:
+            self.known = self.known.next
+            yield self.known
+
+    def ports(self, value: Any, path: tuple[str | int, ...]) -> tuple[Port, ...]:
+        """The tensors of `value` that the graph holds."""
+        found = ((leaf, node_of(tensor, self.tracer)) for leaf, tensor in tensor_leaves(value, path))
+        return tuple(Port(leaf, node) for leaf, node in found if node is not None)
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Within, calls of the traced module and its submodules are recorded."""
+        original = nn.Module.__call__
+        recorder = self
+
+        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _call_module(recorder, original, module, args, kwargs)
+
+        nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            self.attribute(None)
+
+
+def _call_module(
+    recorder: Recorder,
+    original: Callable[..., Any],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run `module(*args, **kwargs)` and note what went in and out. Its frame is the boundary that `frames_to`
+    stops at."""
+    fqn = recorder.fqns.get(id(module))
+    if fqn is None:  # made in the forward
+        return original(module, *args, **kwargs)
+    recorder.attribute(None)
+    index = recorder.times.get(fqn, 0)
+    recorder.times[fqn] = index + 1
+    inputs = (*recorder.ports(args, ("args",)), *recorder.ports(kwargs, ("kwargs",)))
+    ran = RanModule(fqn, index, inputs, recorder._last())
+    recorder.ran.append(ran)
+    recorder.running.append(_Running(fqn, forward_code(module)))
+    try:
+        out = original(module, *args, **kwargs)
+    except Exception:
+        if recorder.failed_in is None:
+            recorder.failed_in = fqn
+        raise
+    finally:
+        recorder.attribute(None)
+        recorder.running.pop()
+    ran.outputs = recorder.ports(out, ("out",))
+    ran.end = recorder._last()
+    return out
+
+
+_CALL_MODULE_CODE = _call_module.__code__
