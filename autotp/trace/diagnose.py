@@ -35,8 +35,8 @@ def trace_error(error: Exception, module: str | None, scenario: str) -> TraceErr
     if _is_data_dependent(error):
         return TraceError(
             f"cannot trace scenario {scenario!r}: {where}, the code depends on values of a tensor "
-            f"({kind}: {text}), and there are no values while tracing. Compute it without reading values "
-            "(torch.where, masks, a fixed number of steps), pass what it decides as a plain Python argument, or "
+            f"({kind}: {text}), and none are known while tracing. Compute it without reading values "
+            "(torch.where, masks, a fixed number of steps), pass what it decides as a plain argument, or "
             "switch the library to a form that can be traced (in transformers, "
             "set_experts_implementation('batched_mm') for experts)."
         )

@@ -1,0 +1,48 @@
+"""A captured graph computes what the model computes, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from autotp.trace.attributes import int_attributes
+from autotp.trace.capture import trace
+from autotp.trace.graph import Trace
+from autotp.trace.leaves import tensor_leaves
+from autotp.trace.provenance import ProvInt
+from autotp.trace.replay import replay, state_of
+from autotp.trace.skeleton import skeleton
+from tests.models import ModelCase, call, variants
+from tests.models.case import Inputs
+
+CASES = [pytest.param(case, variant, id=name) for name, case, variant in variants()]
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
+    return ((), dict(inputs)) if isinstance(inputs, dict) else (inputs, {})
+
+
+def captured(model: nn.Module, inputs: Inputs, scenario: str = "forward") -> Trace:
+    args, kwargs = arguments(inputs)
+    if "input_ids" in kwargs and hasattr(model.config, "use_cache"):
+        kwargs["use_cache"] = False
+    return trace(skeleton(model), args, kwargs, scenario)
+
+
+@pytest.mark.parametrize(("case", "variant"), CASES)
+def test_replay_equals_eager(case: ModelCase, variant: dict[str, object]) -> None:
+    model = case.build(**variant)
+    inputs = case.inputs()
+    found = captured(model, inputs)
+    assert found.notes == ()
+    args, kwargs = arguments(case.inputs(seed=1))
+    outputs = replay(found, state_of(model, found), args, kwargs)
+    if "input_ids" in kwargs and hasattr(model.config, "use_cache"):
+        kwargs["use_cache"] = False
+    expected = [t for _, t in tensor_leaves(model(*args, **kwargs), ())]
+    assert len(outputs) == len(expected)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    plain = [type(v) for m in found.module.modules() for _, v in int_attributes(m)]
+    assert ProvInt not in plain
