@@ -1,0 +1,77 @@
+"""Rules of fused attention: batch and heads pass, positions and the head dim are blocked.
+
+Grouped-query attention appears in three ways, and each leaves the queries' heads as ``K · G`` (kv heads, queries of one):
+keys expanded in the model (an ``expand`` made ``G``, so heads agree one by one), ``enable_gqa``, and a single
+kv head that broadcasts.
+"""
+
+from __future__ import annotations
+
+from autotp.axes.rules.dims import whole_dims
+from autotp.axes.rules.registry import OpContext, rule
+from autotp.axes.term import CannotUnify, Dim
+
+
+@rule(
+    "aten.scaled_dot_product_attention", "aten._scaled_dot_product_attention_math",
+    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+def attention(op: OpContext) -> None:
+    """``softmax(q kᵀ + mask) v``, linear in v."""
+    q, k, v = (op.tensor(name) for name in ("query", "key", "value"))
+    mask = next((op.tensor(name) for name in ("attn_mask", "attn_bias") if op.has(name)), None)
+    operands = [q, k, v, *([] if mask is None else [mask])]
+    for i in operands:
+        for d in range(max(op.rank(i) - 2, 0), op.rank(i)):
+            op.block(i, d)
+    rank = op.rank(q)
+    grouped = bool(op.args.get("enable_gqa", False)) and rank > 2 and op.shape(q)[-3] != op.shape(k)[-3] != 1
+    leading = [
+        _grouped_heads(op, q, [k, v], mask)
+        if grouped and at == 3
+        else op.join([(i, op.rank(i) - at) for i in operands if op.rank(i) >= at])
+        for at in range(rank, 2, -1)
+    ]
+    positions, width = op.shape(q)[-2], op.shape(v)[-1]
+    out: list[Dim] = [*leading, *(op.whole(size) if size != 1 else () for size in (positions, width))]
+    # the fused kernels also return the softmax's denominators, [batch, heads, positions], and seeds
+    heads = tuple(op.solver.size(d) for d in leading)
+    others = [
+        [*leading, *whole_dims(op, n)[len(leading) :]]
+        if len(shape) > len(heads) and shape[: len(heads)] == heads
+        else whole_dims(op, n)
+        for n, shape in enumerate(op.out_shapes())
+        if n
+    ]
+    op.outs([out, *others])
+    op.linear("mul", [v])
+    if op.args.get("dropout_p"):
+        op.random()
+
+
+def _grouped_heads(op: OpContext, q: int, keys: list[int], mask: int | None) -> Dim:
+    """Read the queries' heads as kv heads by queries of one (``enable_gqa``); the dim of the result's heads."""
+    heads, kv_heads = op.shape(q)[-3], op.shape(keys[0])[-3]
+    uses = [(q, op.rank(q) - 3), *([(mask, op.rank(mask) - 3)] if mask is not None and op.rank(mask) >= 3 else [])]
+    every = [*uses, *((i, op.rank(i) - 3) for i in keys)]
+    start = op.solver.mark()
+    try:
+        if heads % kv_heads or any(op.shape(i)[-3] != kv_heads for i in keys):
+            raise CannotUnify("queries' heads are no multiple of the kv heads")
+        major, minor = op.solver.split(op.dims(q)[-3], [kv_heads, heads // kv_heads])
+        for i in keys:
+            op.solver.unify(major, op.dims(i)[-3])
+    except CannotUnify:
+        op.solver.undo(start)
+        for i, d in every:
+            op.block(i, d)
+        return op.whole(heads)
+    joined = op.join(uses)
+    if any(op.is_blocked(i, d) for i, d in uses if op.shape(i)[d] != 1):  # the mask did not fit
+        for i, d in every:
+            op.block(i, d)
+        return joined
+    op.consume_as(q, op.rank(q) - 3, (*major, *minor))
+    return (*major, *minor)
