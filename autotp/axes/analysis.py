@@ -11,6 +11,7 @@ and sequence dims of the inputs are frozen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -248,14 +249,22 @@ def aliased_args(node: fx.Node) -> list[tuple[fx.Node, bool]]:
         is_item = node.op == "call_function" and len(node.args) == 2 and is_tensor_node(node.args[0])
         return [(node.args[0], False)] if is_item else []  # type: ignore[list-item]
     found = []
-    for i, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is None:
-            continue
-        value = node.args[i] if i < len(node.args) and not argument.kwarg_only else node.kwargs.get(argument.name)
+    for i, name, writes in _aliases(node.target):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(name)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, fx.Node):
-                found.append((item, bool(argument.alias_info.is_write)))
+                found.append((item, writes))
     return found
+
+
+@functools.cache
+def _aliases(target: torch._ops.OpOverload) -> tuple[tuple[int, str, bool], ...]:
+    """The arguments that an op's schema marks as aliased: position (past the end, by keyword only), name, written."""
+    return tuple(
+        (len(target._schema.arguments) if a.kwarg_only else i, a.name, bool(a.alias_info.is_write))
+        for i, a in enumerate(target._schema.arguments)
+        if a.alias_info is not None
+    )
 
 
 def derived_nodes(trace: Trace) -> set[fx.Node]:

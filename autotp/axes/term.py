@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 MAX_PARTS = 64  # a cut into more parts is a loop over single elements, not an axis that somebody would shard
@@ -44,15 +43,24 @@ class Atom:
         return f"a{self.id}:{self.size}"
 
 
-@dataclass(frozen=True, slots=True)
 class Cat:
-    """A concatenation of dims."""
+    """A concatenation of dims. Equal if the parts are; its size and hash are kept, for they are asked for all the time."""
 
-    parts: tuple[Dim, ...]
+    __slots__ = ("_hash", "parts", "size")
 
-    @property
-    def size(self) -> int:
-        return sum(size_of(part) for part in self.parts)
+    def __init__(self, parts: tuple[Dim, ...]) -> None:
+        self.parts = parts
+        self.size = sum(size_of(part) for part in parts)
+        self._hash = hash(parts)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Cat) and self._hash == other._hash and self.parts == other.parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"Cat({self.parts!r})"
 
 
 Factor: TypeAlias = Atom | Cat
@@ -61,7 +69,10 @@ Dim: TypeAlias = tuple[Factor, ...]
 
 def size_of(dim: Dim) -> int:
     """The number of elements of a dim."""
-    return math.prod(factor.size for factor in dim)
+    n = 1
+    for factor in dim:
+        n *= factor.size
+    return n
 
 
 def atoms_of(dim: Dim) -> Iterator[Atom]:
@@ -176,6 +187,8 @@ class Solver:
     def resolve(self, dim: Dim) -> Dim:
         """The dim in normal form, with all that is known of its atoms."""
         bound = self._bound
+        if all(factor.__class__ is Atom and factor not in bound for factor in dim):
+            return dim
         factors: list[Factor] = []
         changed = False
         for factor in dim:
@@ -191,12 +204,14 @@ class Solver:
                     factors.append(factor)
             else:
                 parts = tuple(self.resolve(part) for part in factor.parts)
-                whole = concat(parts)
-                if whole != (factor,):
-                    changed = True
-                    factors += whole
-                else:
+                if len(parts) > 1 and all(
+                    new is old and not (len(new) == 1 and new[0].__class__ is Cat)
+                    for new, old in zip(parts, factor.parts, strict=True)
+                ):
                     factors.append(factor)
+                else:
+                    changed = True
+                    factors += concat(parts)
         cats = sum(isinstance(f, Cat) for f in factors)
         if cats > 1 or (cats and not isinstance(factors[-1], Cat)):
             return product(factors)

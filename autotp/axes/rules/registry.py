@@ -18,6 +18,7 @@ function, decorated with ``@rule("aten.view", ...)``, that talks to an `OpContex
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -109,17 +110,16 @@ class OpContext:
             self.paths |= {k: ("kwargs", k) for k in node.kwargs}
             self.tensor_names = [n for n in self.paths if self.has(n)]
             return
-        for i, argument in enumerate(schema.arguments):
-            name = argument.name
-            if "Tensor" in str(argument.type):
+        for i, (name, kwarg_only, default, is_tensor) in enumerate(_arguments(node.target)):
+            if is_tensor:
                 self.tensor_names.append(name)
-            if i < len(node.args) and not argument.kwarg_only:
+            if i < len(node.args) and not kwarg_only:
                 self.args[name], self.paths[name] = node.args[i], ("args", i)
             elif name in node.kwargs:
                 self.args[name], self.paths[name] = node.kwargs[name], ("kwargs", name)
             else:
-                self.args[name] = argument.default_value if argument.has_default_value() else None
-                self.paths[name] = ("kwargs", name) if argument.kwarg_only else ("args", i)
+                self.args[name] = default
+                self.paths[name] = ("kwargs", name) if kwarg_only else ("args", i)
 
     # ---- operands
 
@@ -346,6 +346,15 @@ class OpContext:
 
         names = [n for n, p in self.paths.items() if p[0] == "args"]
         return localize
+
+
+@functools.cache
+def _arguments(target: Any) -> tuple[tuple[str, bool, Any, bool], ...]:
+    """Of each argument of an op: name, whether only by keyword, default, whether it is a tensor (or a list of them)."""
+    return tuple(
+        (a.name, a.kwarg_only, a.default_value if a.has_default_value() else None, "Tensor" in str(a.type))
+        for a in target._schema.arguments
+    )
 
 
 def is_tensor_node(value: Any) -> bool:
