@@ -1,0 +1,90 @@
+"""Sums of gradients of replicated parameters that sharded regions use.
+
+The weight of a q-norm, say, is whole on every rank, but each rank applies it to its own heads: its gradients
+are Partial and must be summed. Kv weights that are replicated in a subgroup are the same case with the
+subgroup.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from autotp.errors import AutoTPError
+from autotp.runtime.ops import all_reduce
+
+_ATTRIBUTE = "_tp_gradient_sums"
+
+
+class GradSync:
+    """Sums the gradient of ``parameter`` over ``group``, once a backward pass, before it is accumulated.
+
+    A hook on the leaf: it sees the gradient of the whole pass, however often the parameter is used, and
+    neither gradient accumulation nor ``zero_grad`` matter. Works with ``torch.autograd.grad`` too. A deep
+    copy sums the copy's gradient.
+    """
+
+    def __init__(self, parameter: Tensor, group: str) -> None:
+        if not parameter.is_leaf:
+            raise AutoTPError("GradSync wants a parameter (a leaf), not something computed.")
+        self.parameter = parameter
+        self.group = group
+        self._handle: Any = None
+        if parameter.requires_grad:
+            self._handle = parameter.register_hook(self._sum)  # type: ignore[no-untyped-call]
+
+    def _sum(self, grad: Tensor) -> Tensor:
+        return all_reduce(grad, self.group)
+
+    def remove(self) -> None:
+        """Sum no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradSync:
+        return GradSync(copy.deepcopy(self.parameter, memo), self.group)
+
+    def __reduce__(self) -> Any:
+        return GradSync, (self.parameter, self.group)
+
+
+def sync_gradient(module: nn.Module, name: str, group: str) -> None:
+    """Sum the gradient of ``module``'s own parameter ``name`` over ``group`` from now on (again: no
+    change).
+    """
+    sums = module.__dict__.setdefault(_ATTRIBUTE, {})
+    parameter = module._parameters[name]
+    assert parameter is not None
+    old: GradSync | None = sums.get(name)
+    if old is not None:
+        if old.parameter is parameter and old.group == group and old._handle is not None:
+            return
+        old.remove()
+    sums[name] = GradSync(parameter, group)
+
+
+def stop_gradient_sync(module: nn.Module, name: str) -> None:
+    """Undo ``sync_gradient``."""
+    sums = module.__dict__.get(_ATTRIBUTE, {})
+    if name in sums:
+        sums.pop(name).remove()
+
+
+def refresh_gradient_syncs(model: nn.Module) -> int:
+    """Move each sum to the parameter that is there now; the number of those that had lost theirs.
+
+    For after a parameter object was replaced (``to_empty`` from the meta device,
+    ``load_state_dict(assign=True)``) or ``requires_grad`` was switched on.
+    """
+    moved = 0
+    for module in model.modules():
+        for name, sync in list(module.__dict__.get(_ATTRIBUTE, {}).items()):
+            parameter = module._parameters[name]
+            stale = parameter is not sync.parameter or (parameter.requires_grad and sync._handle is None)
+            if stale:
+                sync_gradient(module, name, sync.group)
+                moved += 1
+    return moved
