@@ -13,16 +13,15 @@ SOURCES := $(shell find autotp -name '*.py' -o -name py.typed) pyproject.toml RE
 # One thread a rank: the ranks share this machine's cores. Nothing is fetched from a model hub.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
-# `autotp` is what is installed, never the folder beside this file.
-export PYTHONSAFEPATH := 1
 
 .PHONY: demo test lint wheel clean
 
 demo: $(VENV)/.installed
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/demo.py
 
+# Safe path: `autotp` is what is installed, never the folder beside this file.
 test: $(VENV)/.installed-test lint
-	AUTOTP_TEST_INSTALLED=1 $(PY) -m pytest tests $(PYTEST_ARGS)
+	AUTOTP_TEST_INSTALLED=1 PYTHONSAFEPATH=1 $(PY) -m pytest tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

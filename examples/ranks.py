@@ -1,0 +1,39 @@
+"""What the examples print: once, what each rank holds, and whether two tensors agree on every rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def say(*words: object) -> None:
+    """Print on rank 0."""
+    if dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+def every_rank_holds(model: nn.Module, unsharded: nn.Module) -> bool:
+    """Print what each rank holds next to the whole model, and one shape; true if no rank holds it all."""
+    name, largest = max(model.named_parameters(), key=lambda item: item[1].numel())
+    mine = (sum(p.nbytes for p in model.parameters()), tuple(largest.shape))
+    everyone: list[tuple[int, tuple[int, ...]]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole = sum(p.nbytes for p in unsharded.parameters())
+    say(f"  unsharded: {whole / 1e6:.2f} MB, {name} {list(unsharded.get_parameter(name).shape)}")
+    for rank, (held, shape) in enumerate(everyone):
+        say(f"  rank {rank} holds {held / 1e6:.2f} MB ({held / whole:.1%}), {name} {list(shape)}")
+    sharded = all(held < whole for held, _ in everyone)
+    if not sharded:
+        say("  nothing is sharded")
+    return sharded
+
+
+def agree(what: str, found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Print the largest difference on any rank; true if it is within the tolerance on all of them."""
+    difference = (found - expected).abs().max().nan_to_num(nan=torch.inf)
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    ok = difference.item() <= tolerance
+    verdict = "agree" if ok else "DIFFER"
+    say(f"  {what} {verdict}: the largest difference is {difference.item():.1e} (allowed: {tolerance:.0e})")
+    return ok
