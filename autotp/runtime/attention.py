@@ -56,7 +56,7 @@ def attention_slices(
     one = [(start, length)]
     three = [(part * width + start, length) for part in range(3)]
     slices: dict[str, tuple[int, list[tuple[int, int]]]] = {"out_proj.weight": (1, one)}
-    if module.in_proj_weight is not None:
+    if module._parameters["in_proj_weight"] is not None:
         slices["in_proj_weight"] = (0, three)
     else:
         slices |= {f"{x}_proj_weight": (0, one) for x in "qkv"}
@@ -170,25 +170,20 @@ class ShardedMultiheadAttention(Sharded, nn.MultiheadAttention):
         how = self._tp.enter
         if how is None:
             return query, key, value
-        if isinstance(
-            how, SharedEnter
-        ):  # shared with other modules: only one call here for each distinct tensor
-            how_call: Any = how
-        else:
-            how_call = lambda x: apply_enter(x, how)
-        q = how_call(query)
-        k = q if key is query else how_call(key)
-        v = q if value is query else k if value is key else how_call(value)
+        q = apply_enter(query, how)
+        k = q if key is query else apply_enter(key, how)
+        v = q if value is query else k if value is key else apply_enter(value, how)
         return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self._tp.local * self.head_dim
+        fused: Any = self.in_proj_weight  # None where query, key and value differ in width
         bias = self.in_proj_bias
-        if self.in_proj_weight is not None and query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+        if fused is not None and query is key and key is value:
+            q, k, v = F.linear(query, fused, bias).chunk(3, -1)
             return q, k, v
-        if self.in_proj_weight is not None:
-            weights = [self.in_proj_weight.narrow(0, part * width, width) for part in range(3)]
+        if fused is not None:
+            weights = [fused.narrow(0, part * width, width) for part in range(3)]
         else:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         biases = [None if bias is None else bias.narrow(0, part * width, width) for part in range(3)]
