@@ -1,0 +1,450 @@
+"""Private copies of functions: a method of one module instance, and what it calls, with edits in their source.
+
+Frames say how a call was reached, `model.forward → self._split_heads → view`. A `Copy` stands for one function on such a way.
+The edits of a helper show only on the ways that were given: the caller's copy names the helper's copy at that very
+expression, so a free function that other modules share, or that the same method calls twice with other sizes, is left alone.
+
+How a callee is found: names and attributes are looked up where that needs no running (globals, closure, `self`); where the
+callee is a local variable (`attention_interface(...)`), by the code object that ran. Decorators are Python functions around the
+function: each is made again with its closure cell pointing to the copy. An object in place of a function is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import gc
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from autotp.errors import RewriteError
+from autotp.rewrite.source import Located, locate, nested, recompile
+from autotp.rewrite.splice import Edit, Splices, Wrap, WrapArg, apply_edit
+
+if TYPE_CHECKING:
+    from autotp.trace.graph import Site
+
+_MISSING = object()
+Style = Literal["function", "method", "partial", "property", "bound"]
+
+
+@dataclass(eq=False)
+class Callee:
+    """A copy to call in place of what the expression `node` of the caller stands for."""
+
+    node: ast.expr
+    call: ast.Call | None
+    copy: Copy
+    style: Style
+    wrapped: Any = None
+    """A partial or class method around the function, to be made again around the copy."""
+
+
+@dataclass(eq=False)
+class Copy:
+    """One function on the way to an edit. It is made again only where it, or something it calls, has edits."""
+
+    function: FunctionType
+    owner: Any = None
+    """What the first parameter is known to be: the module instance, usually."""
+    edits: dict[ast.AST, list[Edit]] = field(default_factory=dict)
+    cells: dict[str, Copy] = field(default_factory=dict)
+    callees: dict[ast.expr, Callee] = field(default_factory=dict)
+    rendered: str | None = None
+
+    @functools.cached_property
+    def located(self) -> Located:
+        return locate(self.function)
+
+    @functools.cached_property
+    def codes(self) -> frozenset[CodeType]:
+        return frozenset(nested(self.function.__code__))
+
+    @property
+    def touched(self) -> bool:
+        return (
+            bool(self.edits)
+            or any(c.touched for c in self.cells.values())
+            or any(c.copy.touched for c in self.callees.values())
+        )
+
+    def edit(self, site: Site, edits: Sequence[Edit]) -> None:
+        node = self.node(site)
+        known = self.edits.setdefault(node, [])
+        known.extend(e for e in edits if e not in known)
+
+    def node(self, site: Site) -> ast.AST:
+        return self.located.text.node(site)
+
+    def within(self, function: FunctionType) -> Copy | None:
+        """The copy of `function`, which this function (a decorator's wrapper) calls through a closure cell."""
+        if function is self.function:
+            return self
+        for name, inner in _inner_functions(self.function):
+            known = self.cells.get(name) or Copy(inner, self.owner)
+            if (found := known.within(function)) is not None:
+                self.cells[name] = known
+                return found
+        return None
+
+    # -- making -----------------------------------------------------------------------------------------------------
+
+    def content(self) -> tuple[Any, ...]:
+        """What is to be changed: copies of one function with equal content are interchangeable."""
+        edits = {_position(node): tuple(map(_key, edits)) for node, edits in self.edits.items()}
+        callees = {
+            _position(node): callee.copy.content()
+            for node, callee in self.callees.items()
+            if callee.copy.touched
+        }
+        cells = {name: copy.content() for name, copy in self.cells.items() if copy.touched}
+        return (self.function, edits, callees, cells)
+
+    def make(self) -> FunctionType:
+        """The patched function; the original one where nothing changes."""
+        if not self.touched:
+            return self.function
+        old = self.function
+        code = old.__code__
+        cells = dict(zip(code.co_freevars, old.__closure__ or (), strict=True))
+        made = {name: copy.make() for name, copy in self.cells.items()}
+        cells |= {name: CellType(function) for name, function in made.items()}
+        if self.edits or any(c.copy.touched for c in self.callees.values()):
+            splices = self._splices()
+            self.rendered = splices.render()
+            if self.rendered != self.located.text.text:
+                code = recompile(self.located, self.rendered, tuple(splices.names))
+                cells |= {name: CellType(value) for name, value in splices.names.items()}
+        missing = [name for name in code.co_freevars if name not in cells]
+        if missing:
+            raise RewriteError(
+                f"patching {code.co_qualname} would need the local variables {missing} of its definition"
+            )
+        closure = tuple(cells[name] for name in code.co_freevars)
+        new = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
+        new.__kwdefaults__ = old.__kwdefaults__
+        new.__annotations__, new.__doc__ = old.__annotations__, old.__doc__
+        new.__module__, new.__qualname__ = old.__module__, old.__qualname__
+        new.__dict__.update(old.__dict__)
+        for name, copy in self.cells.items():
+            if old.__dict__.get("__wrapped__") is copy.function:
+                new.__dict__["__wrapped__"] = made[name]
+        return new
+
+    def tree(self) -> Iterator[Copy]:
+        """This copy and those under it that change."""
+        if self.touched:
+            yield self
+            for copy in [*self.cells.values(), *(c.copy for c in self.callees.values())]:
+                yield from copy.tree()
+
+    def _splices(self) -> Splices:
+        text = self.located.text
+        splices = Splices(text)
+        for node, edits in self.edits.items():
+            for edit in edits:
+                apply_edit(splices, node, edit, functools.partial(self.resolve, code=None))
+        for callee in self.callees.values():
+            if callee.copy.touched:
+                self._call(splices, callee)
+        return splices
+
+    def _call(self, splices: Splices, callee: Callee) -> None:
+        """Name the copy at the caller's expression."""
+        if callee.style == "bound":
+            return
+        function: Any = callee.copy.make()
+        if isinstance(callee.wrapped, functools.partial):
+            function = functools.partial(function, *callee.wrapped.args, **callee.wrapped.keywords)
+        elif isinstance(callee.wrapped, type):
+            function = MethodType(function, callee.wrapped)
+        name = splices.name(function, callee.copy.function.__name__)
+        node = callee.node
+        if callee.style == "function":
+            splices.replace(node, name)
+            return
+        receiver = node.value if isinstance(node, ast.Attribute) and callee.wrapped is not CALL else node
+        text = splices.text.segment(receiver)
+        if "\n" in text or any(
+            isinstance(n, ast.NamedExpr | ast.Await | ast.Yield) for n in ast.walk(receiver)
+        ):
+            raise RewriteError(
+                f"cannot patch the call at {splices.where(node)}: its receiver is more than a name"
+            )
+        if text.startswith("super()"):
+            text = self.owner_name
+        if callee.style == "property":
+            splices.replace(node, f"{name}({text})")
+        elif callee.style == "partial":
+            splices.replace(node, f"{splices.name(functools.partial)}({name}, {text})")
+        else:
+            assert callee.call is not None
+            splices.replace(node, name)
+            more = bool(callee.call.args or callee.call.keywords)
+            splices.first_argument(node, f"{text}, " if more else text)
+
+    @property
+    def owner_name(self) -> str:
+        code = self.function.__code__
+        return code.co_varnames[0] if code.co_argcount else ""
+
+    # -- looking up -------------------------------------------------------------------------------------------------
+
+    def resolve(self, node: ast.expr, code: CodeType | None) -> Any:
+        """The object an expression of this function stands for, where that needs no running; LookupError otherwise."""
+        function = self.function
+        if isinstance(node, ast.Name):
+            name = node.id
+            scopes = [code] if code is not None else list(self.codes)
+            inner = any(
+                name in c.co_varnames or name in c.co_cellvars for c in scopes if c is not function.__code__
+            )
+            if inner:
+                raise LookupError(name)
+            if name in function.__code__.co_varnames or name in function.__code__.co_cellvars:
+                if name == self.owner_name and self.owner is not None:
+                    return self.owner
+                raise LookupError(name)
+            if name in function.__code__.co_freevars:
+                cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
+                try:
+                    return cell.cell_contents
+                except ValueError:
+                    raise LookupError(name) from None
+            if name in function.__globals__:
+                return function.__globals__[name]
+            builtins = function.__globals__.get("__builtins__", {})
+            found = (builtins if isinstance(builtins, dict) else vars(builtins)).get(name, _MISSING)
+            if found is _MISSING:
+                raise LookupError(name)
+            return found
+        if isinstance(node, ast.Attribute):
+            if _is_super(node.value) and self.owner is not None:
+                cls = self.resolve(ast.Name(id="__class__", ctx=ast.Load()), None)
+                return getattr(super(cls, self.owner), node.attr)
+            base = self.resolve(node.value, code)
+            raw = inspect.getattr_static(base, node.attr, _MISSING)
+            if isinstance(raw, property) and not isinstance(base, ModuleType | type):
+                return raw
+            try:
+                return getattr(base, node.attr)
+            except AttributeError:
+                raise LookupError(node.attr) from None
+        raise LookupError(ast.dump(node))
+
+
+class _Call:
+    """Marks a callee that is an object with `__call__`."""
+
+
+CALL = _Call()
+
+
+def _position(node: ast.AST) -> tuple[int, int, int, int]:
+    assert isinstance(node, ast.expr | ast.stmt)
+    return node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0
+
+
+def _key(edit: Edit) -> tuple[Any, ...]:
+    if isinstance(edit, Wrap):
+        return ("wrap", id(edit.fn))
+    if isinstance(edit, WrapArg):
+        return ("arg", str(edit.where), id(edit.fn))
+    return ("size", edit.index, edit.value)
+
+
+def _is_super(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "super"
+        and not node.args
+    )
+
+
+def _inner_functions(function: FunctionType) -> Iterator[tuple[str, FunctionType]]:
+    """The functions in a function's closure, the one it says it wraps first."""
+    found = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            continue
+        if isinstance(value, FunctionType) and value is not function:
+            found.append((name, value))
+    wrapped = function.__dict__.get("__wrapped__")
+    yield from sorted(found, key=lambda item: item[1] is not wrapped)
+
+
+def leading_to(function: Any, code: CodeType, depth: int = 8) -> FunctionType | None:
+    """The function with this code, which `function` is or wraps."""
+    if not isinstance(function, FunctionType) or depth == 0:
+        return None
+    if any(c is code for c in nested(function.__code__)):
+        return function
+    for _, inner in _inner_functions(function):
+        if (found := leading_to(inner, code, depth - 1)) is not None:
+            return found
+    return None
+
+
+def callee_at(caller: Copy, site: Site, code: CodeType) -> Copy:
+    """The copy of the function with `code`, which `caller` called by the expression at `site`."""
+    node = caller.node(site)
+    if isinstance(node, ast.Attribute):
+        return _property(caller, node, site, code)
+    if not isinstance(node, ast.Call):
+        raise RewriteError(
+            f"cannot patch {code.co_qualname}: {caller.located.text.segment(node)!r} at {site.filename}:{site.line} "
+            "calls it by an operator or a loop, not by name"
+        )
+    if (known := caller.callees.get(node.func)) is not None:
+        return _inside(known.copy, code, site)
+    if (found := _known_callee(caller, node, node.func, site, code)) is not None:
+        return found
+    for argument in [*node.args, *(k.value for k in node.keywords)]:  # checkpoint(self._block, x)
+        expr = argument.value if isinstance(argument, ast.Starred) else argument
+        if (known := caller.callees.get(expr)) is not None and leading_to(known.copy.function, code):
+            return _inside(known.copy, code, site)
+        if isinstance(expr, ast.Name | ast.Attribute):
+            found = _known_callee(caller, None, expr, site, code)
+            if found is not None:
+                return found
+    return _unknown_callee(caller, node, site, code)
+
+
+def _inside(copy: Copy, code: CodeType, site: Site) -> Copy:
+    function = leading_to(copy.function, code)
+    found = copy.within(function) if function is not None else None
+    if found is None:
+        raise RewriteError(
+            f"cannot patch {code.co_qualname}: {site} calls {copy.function.__qualname__} one time and it another time"
+        )
+    return found
+
+
+def _known_callee(
+    caller: Copy, call: ast.Call | None, node: ast.expr, site: Site, code: CodeType
+) -> Copy | None:
+    """Where the expression can be looked up and leads to `code`. `call` is None where it is passed, not called."""
+    try:
+        value = caller.resolve(node, site.code)
+    except LookupError:
+        return None
+    style: Style = "function"
+    owner: Any = None
+    wrapped: Any = None
+    function = value
+    if isinstance(value, functools.partial):
+        function, wrapped = value.func, value
+    elif isinstance(value, MethodType):
+        function, owner = value.__func__, value.__self__
+        if isinstance(owner, type):
+            wrapped = owner
+        elif not isinstance(node, ast.Attribute):
+            return None
+        else:
+            style = "method" if call is not None else "partial"
+    elif not isinstance(value, FunctionType | type) and callable(value) and not isinstance(value, nn.Module):
+        method = type(value).__dict__.get("__call__")
+        if isinstance(method, FunctionType) and call is not None:
+            function, owner, style, wrapped = method, value, "method", CALL
+    inner = leading_to(function, code)
+    if inner is None:
+        return None
+    if owner is None and call is not None and call.args and wrapped is None:
+        try:
+            first = caller.resolve(call.args[0], site.code)
+            owner = first if isinstance(first, nn.Module) else None
+        except LookupError:
+            pass
+    copy = Copy(function, owner)
+    caller.callees[node] = Callee(node, call, copy, style, wrapped)
+    return _inside(copy, code, site)
+
+
+def _property(caller: Copy, node: ast.Attribute, site: Site, code: CodeType) -> Copy:
+    if (known := caller.callees.get(node)) is not None:
+        return _inside(known.copy, code, site)
+    try:
+        owner, value = caller.resolve(node.value, site.code), caller.resolve(node, site.code)
+    except LookupError:
+        owner, value = None, None
+    if not isinstance(value, property) or leading_to(value.fget, code) is None:
+        raise RewriteError(
+            f"cannot patch {code.co_qualname}: {site} is an attribute whose getter cannot be told"
+        )
+    assert isinstance(value.fget, FunctionType)
+    copy = Copy(value.fget, owner)
+    caller.callees[node] = Callee(node, None, copy, "property")
+    return _inside(copy, code, site)
+
+
+def _unknown_callee(caller: Copy, node: ast.Call, site: Site, code: CodeType) -> Copy:
+    """The callee is a local variable, or a method of one: take the function whose code ran."""
+    function = function_of(code)
+    style: Style = "function"
+    cls = _class_of(function)
+    raw = inspect.getattr_static(cls, function.__name__, None) if cls is not None else None
+    if isinstance(raw, FunctionType) and isinstance(node.func, ast.Attribute):
+        style = "method"
+    elif cls is not None and not isinstance(raw, staticmethod):
+        raise RewriteError(f"cannot patch {code.co_qualname}: it cannot be told how {site} calls it")
+    if not isinstance(node.func, ast.Name | ast.Attribute):
+        raise RewriteError(f"cannot patch {code.co_qualname}: {site} does not call it by a name")
+    try:
+        value = caller.resolve(node.func, site.code)
+    except LookupError:
+        pass
+    else:
+        raise RewriteError(
+            f"cannot patch {code.co_qualname}: {site} calls it through {type(value).__name__} {value!r:.80}"
+        )
+    owner = None
+    if node.args and style == "function":
+        try:
+            first = caller.resolve(node.args[0], site.code)
+            owner = first if isinstance(first, nn.Module) else None
+        except LookupError:
+            pass
+    copy = Copy(function, owner)
+    caller.callees[node.func] = Callee(node.func, node, copy, style)
+    return copy
+
+
+def _class_of(function: FunctionType) -> type | None:
+    """The class that a function is a method of, by its qualified name."""
+    value: Any = sys.modules.get(function.__module__)
+    *scopes, _ = function.__qualname__.split(".")
+    for name in scopes:
+        value = getattr(value, name, None)
+    return value if isinstance(value, type) and scopes else None
+
+
+@functools.lru_cache(maxsize=256)
+def function_of(code: CodeType) -> FunctionType:
+    """The one function with this code: by its qualified name, or else among all functions alive."""
+    if "<locals>" not in code.co_qualname:
+        for module in list(sys.modules.values()):
+            if getattr(module, "__file__", None) != code.co_filename:
+                continue
+            value: Any = module
+            for name in code.co_qualname.split("."):
+                value = inspect.getattr_static(value, name, None)
+            if isinstance(value, staticmethod | classmethod):
+                value = value.__func__
+            if (found := leading_to(value, code)) is not None and found.__code__ is code:
+                return found
+    alive = [f for f in gc.get_referrers(code) if isinstance(f, FunctionType) and f.__code__ is code]
+    if len(alive) != 1:
+        raise RewriteError(
+            f"cannot patch {code.co_qualname} of {code.co_filename!r}: {len(alive)} functions have its code, and the call does "
+            "not show which"
+        )
+    return alive[0]
