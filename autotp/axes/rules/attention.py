@@ -46,7 +46,8 @@ def attention(op: OpContext) -> None:
         if n
     ]
     op.outs([out, *others])
-    op.linear("mul", [v])
+    if not others:  # the denominators do not depend on v
+        op.linear("mul", [v])
     if op.args.get("dropout_p"):
         op.random()
 

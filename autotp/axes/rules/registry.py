@@ -88,7 +88,7 @@ class OpContext:
         self._operand_outputs: list[int] = []
         self._dims: list[list[Dim]] = []
         self._blocked: set[tuple[int, int]] = set()
-        self._whole_dims: set[int] = set()  # ids of atoms that `whole` made
+        self._whole_dims: set[Any] = set()  # the atoms that `whole` made (held: an id may come again)
         self._local: dict[str, Callable[[LocalSize], Any]] = {}
         self._localize: Localize | None = None
         self.notes: list[str] = []
@@ -270,7 +270,7 @@ class OpContext:
     def whole(self, size: int) -> Dim:
         """A fresh axis for a result's dim that the op computes whole (and that may be sliced for free after it)."""
         dim = self.solver.fresh(size)
-        self._whole_dims.update(id(atom) for atom in dim)
+        self._whole_dims.update(dim)
         return dim
 
     # ---- statements
@@ -292,7 +292,7 @@ class OpContext:
         self.results = tuple(tuple(dims) for dims in results)
         self.whole_results = {(k, d % max(len(results[k]), 1)) for k, d in whole}
         for k, dims in enumerate(results):
-            self.whole_results |= {(k, d) for d, dim in enumerate(dims) if any(id(f) in self._whole_dims for f in dim)}
+            self.whole_results |= {(k, d) for d, dim in enumerate(dims) if any(f in self._whole_dims for f in dim)}
 
     def linear(self, kind: LinearKind, of: Iterable[int] = ()) -> None:
         """How Partial operands pass, see `Linear`. `add` without `of` means every operand."""
