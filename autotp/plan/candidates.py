@@ -117,7 +117,7 @@ def _keys(analysis: Analysis) -> dict[Atom, str]:
 def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
     """Every axis, and every nested pair of axes, of the model's parameters that ``tp`` ranks can share."""
     keys = _keys(analysis)
-    frozen = analysis.frozen
+    frozen = analysis.frozen | _gathered_weights(analysis)
     found: dict[tuple[Atom, ...], Candidate] = {}
     for fqn, node in analysis.trace.params.items():
         if fqn in analysis.trace.is_buffer:
@@ -137,6 +137,18 @@ def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
                     (outer, inner), Candidate((outer, inner), ranges, f"{keys[outer]} {keys[inner]}")
                 )
     return tuple(found.values())
+
+
+def _gathered_weights(analysis: Analysis) -> frozenset[Atom]:
+    """Axes of a parameter that a use of it needs whole: sharding them would mean gathering a weight at each forward."""
+    params = set(analysis.trace.params.values())
+    return frozenset(
+        atom
+        for info in analysis.ops.values()
+        for operand in info.operands
+        if operand.node in params
+        for atom in set(atoms_of(analysis.dims[operand.node][0])) - set(atoms_of(operand.dims))
+    )
 
 
 def conflicts(

@@ -46,6 +46,10 @@ class VertexCut(Generic[V]):
         """If ``a`` stays uncut on the source's side, then so does ``b``."""
         self._net.add_edge(("out", b), ("out", a))
 
+    def only_with(self, b: V, a: V) -> None:
+        """``b`` is reached only together with what leaves ``a`` uncut."""
+        self._net.add_edge(("out", a), ("in", b))
+
     def start(self, v: V) -> None:
         """``v`` is reached from the source."""
         self._net.add_edge(("in", v), SOURCE)

@@ -14,7 +14,7 @@ uses. Again a minimum vertex cut, on the gradients.
 **Conversions** are fixed by the axes: where producer and use of a value disagree it is gathered or sliced.
 
 Costs are in units of bytes × (tp−1)/tp that a ring moves per rank: an all-reduce of *n* bytes counts 2·n,
-an all-gather n (Patarasuk and Yuan 2009).
+an all-gather n (Patarasuk and Yuan 2009), each `START_BYTES` more for its latency.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from ..errors import PlanError
 from .candidates import Candidate, atoms_of
 from .cut import VertexCut
 
-#: Among cuts of the same bytes: fewer collectives, then hooks before patches of the user's source.
+#: Costs are counted in 1/FINE bytes, so that among equals a hook goes before a patch of the user's source.
 FINE = 64
+#: What it costs to start a collective, as bytes at the traced batch: about 10 µs at 100 GB/s, 14 tokens standing for 2,048.
+START_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,10 @@ class Flow:
         pairs = {c.atoms[0]: c.atoms[1] for c in chosen if len(c.atoms) == 2}
         conversions = tuple(self._conversions(sharded))
         self._check_contractions(sharded, pairs)
-        reduce, partial, masked, forward_cost = self._forward(sharded, conversions)
+        reduce, partial, masked, forward_cost = self._forward(sharded, conversions, masks=False)
+        eager = self._forward(sharded, conversions, masks=True)
+        if eager[3] + FINE <= forward_cost:  # masking whole addends pays only where it saves bytes
+            reduce, partial, masked, forward_cost = eager
         enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions)
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
         cost = forward_cost + backward_cost + sum(gathers.values())
@@ -185,7 +190,7 @@ class Flow:
         if has and wants and have == want:
             return
         if has:
-            yield Conversion("gather", producer, consumer, i, d, have, FINE * nbytes(producer) + 1)
+            yield Conversion("gather", producer, consumer, i, d, have, FINE * (nbytes(producer) + START_BYTES))
         if wants:
             yield Conversion("take", producer, consumer, i, d, want, 0)
 
@@ -203,7 +208,7 @@ class Flow:
     # ---- forward -------------------------------------------------------------------------------
 
     def _forward(
-        self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...]
+        self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...], masks: bool
     ) -> tuple[frozenset[fx.Node], frozenset[fx.Node], frozenset[Edge], int]:
         ops = self.analysis.ops
         sources = {n for n, info in ops.items() if sharded & frozenset(atoms_of(info.contracted))}
@@ -219,11 +224,11 @@ class Flow:
             info = ops[edge.consumer]
             if info.mutates is not None or info.random or (edge.producer, edge.consumer) in converted:
                 return False
-            if self.held_by_op(edge.consumer, sharded):
-                return False
+            if self.held_by_op(edge.consumer, sharded) or _dtype(edge.producer) != _dtype(edge.consumer):
+                return False  # a sum is taken in the dtype in which it arose: rounding is not linear
             if info.linear.kind == "add":
                 return (not info.linear.of or edge.operand in info.linear.of) and all(
-                    o.node in reached or self.places.mask(Edge(o.node, edge.consumer, j))
+                    o.node in reached or (masks and self.places.mask(Edge(o.node, edge.consumer, j)))
                     for j, o in enumerate(info.operands)
                 )
             if info.linear.kind == "mul":
@@ -239,12 +244,13 @@ class Flow:
         while frontier:
             node = frontier.pop()
             willing = self.places.reduce(node)
-            price = None if willing is None else 2 * FINE * nbytes(node) + 2 + willing
-            cut.vertex(node, price)
+            cut.vertex(node, None if willing is None else all_reduce_cost(node) + willing)
             whole = node in self.output_nodes or (node, None) in converted
             for edge in self.uses[node]:
                 if accepts(edge):
                     cut.flow(node, edge.consumer)
+                    if not masks and edge.consumer not in sources:
+                        cut.only_with(edge.consumer, node)
                     if edge.consumer not in added:
                         added.add(edge.consumer)
                         frontier.append(edge.consumer)
@@ -307,7 +313,12 @@ class Flow:
 
         def needs_whole(node: fx.Node) -> bool:
             """Whether the op that made ``node`` can only go backwards from a whole gradient."""
-            return node not in mixed and (bool(self.held_by_op(node, sharded)) or node in flowing)
+            if node in mixed:
+                return False
+            inputs = [o.node for o in ops[node].operands if o.node in self.differentiable]
+            casts = any(_dtype(i) != _dtype(node) for i in inputs)
+            picks = len(inputs) == 1 and inputs[0] in mixed  # takes the common part out of a partly common value
+            return casts or (bool(self.held_by_op(node, sharded)) and not picks) or node in flowing
 
         reached = {e.producer for e in sources} | mixed
         for node in reversed(list(ops)):  # values that a partial gradient can reach, walking backwards
@@ -320,7 +331,9 @@ class Flow:
             is_param = node in self.params
             willing = 0 if is_param else self.places.enter(node)
             barred = node in mixed or willing is None
-            cut.vertex(node, None if barred else 2 * FINE * nbytes(node) + 2 + (willing or 0))
+            cut.vertex(node, None if barred else all_reduce_cost(node) + (willing or 0))
+            if node in mixed:
+                cut.start(node)
             stop = is_param or node not in ops or node in self.output_nodes or needs_whole(node)
             for edge in self.uses[node]:
                 if edge.consumer not in self.differentiable or neutral(edge):
@@ -392,6 +405,16 @@ def _is_float(node: fx.Node) -> bool:
     if isinstance(value, (tuple, list)):
         return any(getattr(v, "is_floating_point", bool)() for v in value)
     return bool(getattr(value, "is_floating_point", bool)())
+
+
+def all_reduce_cost(node: fx.Node) -> int:
+    return FINE * (2 * nbytes(node) + START_BYTES)
+
+
+def _dtype(node: fx.Node) -> object:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return next((v.dtype for v in values if hasattr(v, "dtype")), None)
 
 
 def nbytes(node: fx.Node) -> int:

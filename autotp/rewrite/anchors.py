@@ -1,0 +1,134 @@
+"""Where in the user's model a step can be put: leaf modules, module boundaries, expressions of the source.
+
+In this order of preference: inside a leaf module that is swapped (its input or output is the value), at the
+boundary of a module (a hook on one leaf of its arguments or results), around an expression in the source of a
+forward (a patch).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx, nn
+
+from ..plan.reductions import Edge, Places
+from ..trace.graph import Call, ModuleCall, Path, Trace
+
+LeafKind = Literal["linear", "conv1d", "embedding", "attention", "conv"]
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """The leaf at ``path`` of the arguments (``side="in"``) or results (``"out"``) of module ``fqn``."""
+
+    fqn: str
+    side: Literal["in", "out"]
+    path: Path
+
+
+def leaf_kind(module: nn.Module) -> LeafKind | None:
+    """Which sharded class stands in for this module, by what its forward *is* (subclasses that redefine it do not count)."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return "linear"
+    if forward is nn.Embedding.forward:
+        return "embedding"
+    if forward is nn.MultiheadAttention.forward:
+        return "attention"
+    if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        return "conv"
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is not None and forward is pytorch_utils.Conv1D.forward:
+        return "conv1d"
+    return None
+
+
+class Anchors:
+    """An index of one trace: which module calls each value enters and leaves, and the leaf module that made it."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.position = {node: i for i, node in enumerate(trace.graph.nodes)}
+        self.modules = dict(trace.module.named_modules())
+        self.leaves: dict[str, LeafKind] = {}
+        for call in trace.calls:
+            kind = leaf_kind(self.modules[call.fqn])
+            if kind is not None:
+                self.leaves[call.fqn] = kind
+        self.inputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
+        self.outputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
+        # Innermost first, so that a step sits as close to the op as a hook can.
+        for call in sorted(trace.calls, key=lambda c: (c.last - c.first, -len(c.fqn))):
+            for port in call.inputs:
+                self.inputs[port.node].append((call, port.path))
+            for port in call.outputs:
+                self.outputs[port.node].append((call, port.path))
+
+    def leaf_of(self, node: fx.Node) -> str | None:
+        """The swappable leaf module inside which ``node`` was made, or None."""
+        fqn: str = node.meta.get("module", "")
+        while True:
+            if fqn in self.leaves:
+                return fqn
+            if not fqn:
+                return None
+            fqn = fqn.rpartition(".")[0]
+
+    def leaves_by(self, node: fx.Node) -> str | None:
+        """The leaf module whose result ``node`` is."""
+        leaf = self.leaf_of(node)
+        if leaf is not None and any(call.fqn == leaf for call, _ in self.outputs[node]):
+            return leaf
+        return None
+
+    def boundary_after(self, node: fx.Node, users: Iterable[fx.Node]) -> Boundary | None:
+        """A module's result through which all of these users get the value."""
+        users = list(users)
+        for call, path in self.outputs[node]:
+            made_inside = call.first <= self.position[node] < call.last
+            if made_inside and all(self.position[user] >= call.last for user in users):
+                return Boundary(call.fqn, "out", path)
+        return None
+
+    def boundaries_before(self, node: fx.Node, users: Iterable[fx.Node], others: Iterable[fx.Node]) -> list[Boundary]:
+        """The arguments of one module through which all ``users`` and none of ``others`` get the value; else []."""
+        users, others = list(users), list(others)
+
+        def inside(call: ModuleCall, user: fx.Node) -> bool:
+            return call.first <= self.position[user] < call.last
+
+        for call, _ in self.inputs[node]:
+            if all(inside(call, u) for u in users) and not any(inside(call, o) for o in others):
+                return [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
+        return []
+
+    def site_of(self, node: fx.Node) -> Call | None:
+        """The expression of the user's source whose value ``node`` is."""
+        call: Call | None = node.meta.get("call")
+        return call if call is not None and call.site is not None and call.frames else None
+
+    def places(self) -> Places:
+        """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
+
+        def after(node: fx.Node) -> int | None:
+            if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:
+                return 0
+            if self.leaf_of(node) is not None:
+                return None  # inside a leaf that is swapped as a whole
+            return 1 if self.site_of(node) is not None else None
+
+        def enter(node: fx.Node) -> int | None:
+            if node.op == "placeholder" or self.outputs[node] or self.inputs[node]:
+                return 0
+            if self.leaf_of(node) is not None:
+                return None
+            return 1
+
+        def mask(edge: Edge) -> bool:
+            return self.leaf_of(edge.consumer) is None and self.site_of(edge.consumer) is not None
+
+        return Places(reduce=after, enter=enter, mask=mask)

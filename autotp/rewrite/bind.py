@@ -1,0 +1,118 @@
+"""Steps for one rank: group names, run lists, and the callables that hooks and patches apply."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .layout import Partition, local_size, runs
+from ..axes.term import Atom, Dim
+from ..runtime import ops
+from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+
+Bound = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One rank of one plan: which slice of each axis is its own, and what its groups are called."""
+
+    rank: int
+    tp: int
+    partition: Partition
+    prefix: str
+
+    def size(self, dim: Dim) -> int:
+        return local_size(dim, self.partition, self.rank)
+
+    def shape(self, dims: Sequence[Dim]) -> tuple[int, ...]:
+        return tuple(self.size(dim) for dim in dims)
+
+    def parts(self, common: Iterable[Atom]) -> tuple[tuple[int, ...], ...]:
+        """The ranks, by equal ranges of the ``common`` axes: the groups that sum what those ranks hold alike."""
+        held = sorted(common, key=lambda a: a.id)
+        by_range: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for r in range(self.tp):
+            by_range.setdefault(tuple(self.partition.ranges[a.id][r] for a in held), []).append(r)
+        return tuple(tuple(ranks) for ranks in by_range.values())
+
+    def group(self, common: Iterable[Atom]) -> str:
+        """The registered name of the group in which this rank sums values that hold the ``common`` axes."""
+        return group_name(self.prefix, self.parts(common))
+
+    def gather(self, axes: Dim) -> tuple[list[int], list[int], list[int]]:
+        """(each rank's size, starts, lengths): the runs, in global order, of the concatenation by rank."""
+        sizes = [local_size(axes, self.partition, r) for r in range(self.tp)]
+        pieces: list[tuple[int, int, int]] = []  # global start, length, start in the concatenation
+        offset = 0
+        for r in range(self.tp):
+            for start, length in runs(axes, self.partition, r):
+                pieces.append((start, length, offset))
+                offset += length
+        starts: list[int] = []
+        lengths: list[int] = []
+        done = 0
+        for start, length, at in sorted(pieces):
+            skip = max(0, done - start)  # held by an earlier rank too
+            if length <= skip:
+                continue
+            done = start + length
+            if starts and starts[-1] + lengths[-1] == at + skip:
+                lengths[-1] += length - skip
+            else:
+                starts.append(at + skip)
+                lengths.append(length - skip)
+        if len(starts) == 1 and starts[0] == 0 and lengths[0] == sum(sizes):
+            return sizes, [], []
+        return sizes, starts, lengths
+
+    def take(self, axes: Dim) -> tuple[list[int], list[int]]:
+        """(starts, lengths) of this rank's runs."""
+        own = runs(axes, self.partition, self.rank)
+        return [start for start, _ in own], [length for _, length in own]
+
+
+def group_name(prefix: str, parts: tuple[tuple[int, ...], ...]) -> str:
+    if len(parts) == 1:
+        return prefix
+    return prefix + "/" + "|".join(",".join(map(str, part)) for part in parts)
+
+
+def bind(step: Step, rank: Rank) -> Bound:
+    """The step as a function of one tensor, on this rank."""
+    if isinstance(step, AllReduce):
+        return functools.partial(ops.all_reduce, group=rank.group(step.common))
+    if isinstance(step, Enter):
+        return functools.partial(ops.enter, group=rank.group(step.common))
+    if isinstance(step, Mask):
+        return functools.partial(ops.mask, keep=rank.rank == 0)
+    if isinstance(step, Take):
+        starts, lengths = rank.take(step.axes)
+        return functools.partial(ops.take, dim=step.dim, starts=starts, lengths=lengths)
+    sizes, starts, lengths = rank.gather(step.axes)
+    return functools.partial(
+        ops.gather, dim=step.dim, sizes=sizes, perm_starts=starts, perm_lengths=lengths, group=rank.prefix
+    )
+
+
+def describe(step: Step, rank: Rank) -> tuple[object, ...]:
+    """The step as its op appears in a graph: (op name, arguments after the tensor)."""
+    if isinstance(step, AllReduce):
+        return ("all_reduce", rank.group(step.common))
+    if isinstance(step, Enter):
+        return ("enter", rank.group(step.common))
+    if isinstance(step, Mask):
+        return ("mask", rank.rank == 0)
+    if isinstance(step, Take):
+        starts, lengths = rank.take(step.axes)
+        return ("take", step.dim, tuple(starts), tuple(lengths))
+    sizes, starts, lengths = rank.gather(step.axes)
+    return ("gather", step.dim, tuple(sizes), tuple(starts), tuple(lengths), rank.prefix)
+
+
+def all_parts(commons: Iterable[Iterable[Atom]], rank: Rank) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+    """Every group that these steps need: name → its parts."""
+    return {rank.group(common): rank.parts(common) for common in commons}

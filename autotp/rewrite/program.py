@@ -1,0 +1,308 @@
+"""The edits of a plan: which steps go to which leaf module, module boundary or expression; the same for every rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from ..axes.analysis import Analysis
+from ..axes.term import Atom, Dim
+from ..errors import RewriteError
+from ..plan.candidates import atoms_of
+from ..plan.planner import Choice
+from ..plan.reductions import Edge
+from ..trace.graph import Path, Site
+from .anchors import Anchors, Boundary, LeafKind
+from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+
+Bias = Literal["local", "after", "masked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf module that is swapped for its sharded class.
+
+    Attributes:
+        before: steps on its (first) input; after: steps on its output.
+        bias: added locally, once after the reduce, or on one rank only because the output stays Partial.
+        share: leaves with the same number enter the same value and share its gradient's all-reduce.
+    """
+
+    fqn: str
+    kind: LeafKind
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
+    bias: Bias = "local"
+    share: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wrap:
+    """Steps on an expression of the source: its value (``operand`` None) or one of its operands."""
+
+    module: str
+    frames: tuple[Site, ...]
+    operand: Path | None
+    steps: tuple[Step, ...]
+    share: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """All edits but the local constants. ``hooks`` maps a boundary to its steps, ``sync`` a parameter to the axes it holds."""
+
+    slices: Mapping[str, tuple[Dim, ...]]
+    leaves: tuple[Leaf, ...]
+    hooks: Mapping[Boundary, tuple[Step, ...]]
+    wraps: tuple[Wrap, ...]
+    sync: Mapping[str, tuple[Dim, ...]]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Steps as they are found, per call of a module, to be checked for agreement between its calls."""
+
+    leaf_before: dict[str, dict[int, list[Step]]] = field(default_factory=lambda: defaultdict(dict))
+    leaf_after: dict[str, dict[int, list[Step]]] = field(default_factory=lambda: defaultdict(dict))
+    bias: dict[str, Bias] = field(default_factory=dict)
+    share: dict[str, int] = field(default_factory=dict)
+    hooks: dict[Boundary, dict[int, list[Step]]] = field(default_factory=lambda: defaultdict(dict))
+    wraps: dict[tuple[str, tuple[Site, ...], Path | None], dict[int, list[Step]]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+    wrap_share: dict[tuple[str, tuple[Site, ...], Path | None], int] = field(default_factory=dict)
+
+
+def compile_program(analysis: Analysis, choice: Choice, anchors: Anchors) -> Program:
+    """Turn a choice of axes into edits.
+
+    Raises:
+        RewriteError: a step has no place where the code could take it, naming op and source line.
+    """
+    return _Compiler(analysis, choice, anchors).compile()
+
+
+def uses_of(analysis: Analysis) -> Mapping[fx.Node, list[Edge]]:
+    """For each value, the operands that it is."""
+    uses: dict[fx.Node, list[Edge]] = defaultdict(list)
+    for node, info in analysis.ops.items():
+        for i, operand in enumerate(info.operands):
+            uses[operand.node].append(Edge(operand.node, node, i))
+    return uses
+
+
+def planned_steps(
+    analysis: Analysis, choice: Choice
+) -> tuple[dict[fx.Node, tuple[Step, ...]], dict[Edge, tuple[Step, ...]], dict[fx.Node, tuple[Step, ...]]]:
+    """What happens to which value: steps right after it is made (for all uses), on one use, and where the model returns it."""
+    comm = choice.communication
+    sharded = frozenset(a for c in choice.candidates for a in c.atoms)
+    uses = uses_of(analysis)
+    returned = {port.node for port in analysis.trace.outputs}
+    after: dict[fx.Node, list[Step]] = defaultdict(list)
+    before: dict[Edge, list[Step]] = defaultdict(list)
+    outputs: dict[fx.Node, list[Step]] = defaultdict(list)
+
+    def common(node: fx.Node) -> frozenset[Atom]:
+        return sharded & frozenset(a for dims in analysis.dims[node] for a in atoms_of(dims))
+
+    order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
+    for node in sorted(comm.reduce, key=order.__getitem__):
+        after[node].append(AllReduce(common(node)))
+    for c in comm.conversions:
+        if c.consumer is None:
+            (after if c.kind == "take" else outputs)[c.producer].append(
+                Take(c.dim, c.axes) if c.kind == "take" else Gather(c.dim, c.axes)
+            )
+    for node, edges in comm.enter.items():
+        others = set(uses[node]) - set(edges)
+        if node in returned or any(_has_gradient(edge.consumer) for edge in others):
+            for edge in edges:
+                before[edge].append(Enter(common(node)))
+        else:
+            after[node].append(Enter(common(node)))
+    for c in comm.conversions:
+        if c.consumer is not None:
+            step = Gather(c.dim, c.axes) if c.kind == "gather" else Take(c.dim, c.axes)
+            before[Edge(c.producer, c.consumer, c.operand)].append(step)
+    for edge in comm.masked:
+        if edge.operand not in analysis.ops[edge.consumer].added:
+            before[edge].append(Mask())
+    for node, steps in list(outputs.items()):
+        if all(before.get(edge) == steps for edge in uses[node]):
+            for edge in uses[node]:
+                del before[edge]
+            after[node] += steps
+            del outputs[node]
+    return (
+        {n: tuple(s) for n, s in after.items()},
+        {e: tuple(s) for e, s in before.items()},
+        {n: tuple(s) for n, s in outputs.items()},
+    )
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    """Whether a gradient can come back from this op (integers and masks have none)."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
+
+
+class _Compiler:
+    def __init__(self, analysis: Analysis, choice: Choice, anchors: Anchors) -> None:
+        self.analysis = analysis
+        self.trace = analysis.trace
+        self.anchors = anchors
+        self.choice = choice
+        self.comm = choice.communication
+        self.sharded = frozenset(a for c in choice.candidates for a in c.atoms)
+        self.draft = _Draft()
+        self.shares = 0
+        self.uses = uses_of(analysis)
+
+    def compile(self) -> Program:
+        after, before, outputs = planned_steps(self.analysis, self.choice)
+        for node, steps in after.items():
+            self._place_after(node, list(steps))
+        for node, steps in outputs.items():
+            self._place_output(node, list(steps))
+        by_steps: dict[tuple[fx.Node, tuple[Step, ...]], list[Edge]] = defaultdict(list)
+        for edge, edge_steps in before.items():
+            by_steps[edge.producer, tuple(edge_steps)].append(edge)
+        for (node, steps_of), edges in by_steps.items():
+            self._place_before(node, edges, steps_of)
+        for edge in sorted(self.comm.masked, key=lambda e: self.anchors.position[e.consumer]):
+            if edge.operand in self.analysis.ops[edge.consumer].added:
+                self._place_bias(edge)
+        slices = {
+            fqn: self.analysis.dims[node][0]
+            for fqn, node in self.trace.params.items()
+            if self.sharded & set(atoms_of(self.analysis.dims[node][0]))
+        }
+        names = {node: fqn for fqn, node in self.trace.params.items()}
+        sync = {names[node]: self.analysis.dims[node][0] for node in self.comm.sync}
+        return self._finish(slices, sync)
+
+    # ---- where it goes ---------------------------------------------------------------------------
+
+    def _call_index(self, fqn: str, node: fx.Node) -> int:
+        position = self.anchors.position[node]
+        for call in self.trace.calls:
+            if call.fqn == fqn and call.first <= position < call.last:
+                return call.index
+        return 0
+
+    def _place_after(self, node: fx.Node, steps: list[Step]) -> None:
+        leaf = self.anchors.leaves_by(node)
+        if leaf is not None:
+            self.draft.leaf_after[leaf].setdefault(self._call_index(leaf, node), []).extend(steps)
+            return
+        users = [edge.consumer for edge in self.uses[node]]
+        if node.op == "placeholder":
+            boundaries = self.anchors.boundaries_before(node, users, ())
+        else:
+            boundary = self.anchors.boundary_after(node, users)
+            boundaries = [boundary] if boundary is not None else []
+        if boundaries:
+            for b in boundaries:
+                self.draft.hooks[b].setdefault(self._call_index(b.fqn, node if b.side == "out" else users[0]), []).extend(
+                    steps
+                )
+            return
+        self._wrap(node, None, steps)
+
+    def _place_before(self, node: fx.Node, edges: list[Edge], steps: Iterable[Step]) -> None:
+        steps = list(steps)
+        users = [edge.consumer for edge in edges]
+        others = [e.consumer for e in self.uses[node] if e not in edges and _has_gradient(e.consumer)]
+        if not all(isinstance(step, Enter) for step in steps):
+            others = [e.consumer for e in self.uses[node] if e not in edges]
+        boundaries = self.anchors.boundaries_before(node, users, others)
+        if boundaries:
+            for b in boundaries:
+                target = self.draft.leaf_before[b.fqn] if b.fqn in self.anchors.leaves else self.draft.hooks[b]
+                target.setdefault(self._call_index(b.fqn, users[0]), [])
+                if b.fqn not in self.anchors.leaves or not target[self._call_index(b.fqn, users[0])]:
+                    target[self._call_index(b.fqn, users[0])].extend(steps)
+            return
+        share = None
+        if len(edges) > 1 and any(isinstance(step, Enter) for step in steps):
+            share = self.shares = self.shares + 1
+        for edge in edges:
+            leaf = self.anchors.leaf_of(edge.consumer)
+            if leaf is not None:
+                self.draft.leaf_before[leaf].setdefault(self._call_index(leaf, edge.consumer), []).extend(steps)
+                if share is not None:
+                    self.draft.share[leaf] = share
+            else:
+                self._wrap(edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, steps, share)
+
+    def _place_bias(self, edge: Edge) -> None:
+        """A bias counts once: inside a leaf module its class sees to that, elsewhere the operand is masked."""
+        leaf = self.anchors.leaf_of(edge.consumer)
+        if leaf is not None:
+            self.draft.bias[leaf] = "masked"
+        else:
+            self._wrap(edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, [Mask()])
+
+    def _place_output(self, node: fx.Node, steps: list[Step]) -> None:
+        for port in self.trace.outputs:
+            if port.node is node:
+                self.draft.hooks[Boundary("", "out", port.path)].setdefault(0, []).extend(steps)
+
+    def _wrap(self, node: fx.Node, operand: Path | None, steps: list[Step], share: int | None = None) -> None:
+        call = self.anchors.site_of(node)
+        leaf = self.anchors.leaf_of(node)
+        if call is None or leaf is not None:
+            raise RewriteError(
+                f"{node.name} in {self.trace.where(node)}: no expression of the source to communicate at"
+                + (f" (it is inside the leaf module {leaf!r})" if leaf is not None else "")
+            )
+        key = (call.module, call.frames, operand)
+        self.draft.wraps[key].setdefault(call.index, []).extend(steps)
+        if share is not None:
+            self.draft.wrap_share[key] = share
+
+    # ---- agreement between calls ---------------------------------------------------------------
+
+    def _finish(self, slices: dict[str, tuple[Dim, ...]], sync: dict[str, tuple[Dim, ...]]) -> Program:
+        calls: dict[str, set[int]] = defaultdict(set)
+        for call in self.trace.calls:
+            calls[call.fqn].add(call.index)
+
+        def agree(what: str, by_call: dict[int, list[Step]], fqn: str) -> tuple[Step, ...]:
+            variants = {tuple(by_call.get(index, ())) for index in calls[fqn] or {0}}
+            if len(variants) > 1:
+                raise RewriteError(f"{what} is used in several ways, which one set of edits cannot serve: {variants}")
+            return next(iter(variants))
+
+        leaf_names = {
+            fqn
+            for fqn in self.anchors.leaves
+            if fqn in self.draft.leaf_after
+            or fqn in self.draft.leaf_before
+            or any(f"{fqn}.{p}" in slices for p in _parameter_names(self.anchors, fqn))
+        }
+        leaves: list[Leaf] = []
+        for fqn in sorted(leaf_names):
+            before = agree(fqn, self.draft.leaf_before[fqn], fqn)
+            after = agree(fqn, self.draft.leaf_after[fqn], fqn)
+            bias = self.draft.bias.get(fqn, "local")
+            if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
+                bias = "after"
+            leaves.append(Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn)))
+        hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn) for b, by_call in self.draft.hooks.items()}
+        wraps = tuple(
+            Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
+            for key, by_call in self.draft.wraps.items()
+            for module, frames, operand in [key]
+        )
+        return Program(slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync)
+
+
+def _parameter_names(anchors: Anchors, fqn: str) -> list[str]:
+    return [name for name, _ in anchors.modules[fqn].named_parameters(recurse=True, remove_duplicate=False)]
