@@ -11,8 +11,10 @@ The expression is lost (never wrong) through `int()`, `/`, `math.sqrt` and `rang
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import fx
@@ -193,7 +195,8 @@ class WatchedInt(ProvInt):
     compared."""
 
     def _note(self) -> None:
-        if self.session.open:
+        """A cache that looks whether it has this layer yet does not branch on the layer."""
+        if self.session.open and not _in_cache(sys._getframe(2)):
             self.session.compared |= attributes(self.expr) & self.session.watched
 
     __hash__ = ProvInt.__hash__
@@ -232,6 +235,10 @@ def make(value: int, expr: Expr, session: Session) -> int:
     if session.watched and attributes(expr) & session.watched:
         return WatchedInt(value, expr, session)
     return ProvInt(value, expr, session)
+
+
+def _in_cache(frame: FrameType) -> bool:
+    return "Cache" in type(frame.f_locals.get("self")).__name__
 
 
 def _unary(symbol: str, operand: ProvInt, value: int) -> int:

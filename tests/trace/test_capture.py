@@ -13,7 +13,7 @@ from autotp.trace.leaves import tensor_leaves
 from autotp.trace.provenance import ProvInt
 from autotp.trace.replay import replay, state_of
 from autotp.trace.skeleton import skeleton
-from tests.models import ModelCase, call, variants
+from tests.models import ModelCase, variants
 from tests.models.case import Inputs
 
 CASES = [pytest.param(case, variant, id=name) for name, case, variant in variants()]

@@ -1,0 +1,192 @@
+"""Scenarios: the ways to run a model that run other code, each traced on its own.
+
+"forward" is one call in eval mode. "train" is the same in train mode, where that makes another graph.
+"decode" is what `generate` does: fill a KV cache from a prompt, then one step with it; both calls in one
+graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.errors import TraceError
+from autotp.trace.attributes import fields, is_config
+from autotp.trace.capture import Run, call_forward, trace
+from autotp.trace.fold import Folds, fold
+from autotp.trace.graph import Trace
+from autotp.trace.inputs import BATCH, DECODER_SEQ, SEQ, as_arguments, example_inputs, token_ids, vocabulary
+from autotp.trace.library import is_transformers
+from autotp.trace.skeleton import skeleton
+
+_CACHES = ("past_key_values", "cache_params", "state")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    training: bool = False
+    run: Run = call_forward
+
+
+def scenarios(
+    model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None
+) -> tuple[Scenario, ...]:
+    """The scenarios of `model`; the first is "forward", called with what the user gave or with
+    `example_inputs`."""
+    args, kwargs = example_inputs(model) if given is None else as_arguments(given)
+    found = [Scenario("forward", args, kwargs)]
+    if trains_differently(model):
+        found.append(Scenario("train", args, kwargs, training=True))
+    decoding = _decode(model)
+    if decoding is not None:
+        found.append(decoding)
+    return tuple(found)
+
+
+def trace_model(
+    model: nn.Module, wanted: Sequence[Scenario], *, folded: bool = True
+) -> tuple[tuple[Trace, ...], Folds]:
+    """Trace a skeleton of `model` in each scenario; all traces share the skeleton. Repeated layers are folded
+    where that is possible and right.
+
+    A scenario other than the first that cannot be traced is left out, and the first trace says so in its
+    notes.
+    """
+    if folded:
+        bare = skeleton(model)
+        folds = fold(bare)
+        if folds:
+            try:
+                traces = tuple(_trace(bare, scenario, folds) for scenario in wanted)
+            except TraceError:  # a loop over range(num_layers), say
+                pass
+            else:
+                if not folds.suspect:
+                    return traces, folds
+    bare = skeleton(model)
+    first, *others = wanted
+    whole = [_trace(bare, first, Folds())]
+    for scenario in others:
+        try:
+            whole.append(_trace(bare, scenario, Folds()))
+        except TraceError as error:
+            whole[0] = replace(whole[0], notes=(*whole[0].notes, f"not traced: {error}"))
+    return tuple(whole), Folds()
+
+
+def _trace(bare: nn.Module, scenario: Scenario, folds: Folds) -> Trace:
+    return trace(
+        bare,
+        scenario.args,
+        scenario.kwargs,
+        scenario.name,
+        training=scenario.training,
+        run=scenario.run,
+        watch=folds.watched,
+        compared=folds.suspect,
+    )
+
+
+# train mode
+
+
+def trains_differently(model: nn.Module) -> bool:
+    """Whether train mode makes another graph: dropout of some probability, statistics of a batch norm, or
+    code of the model's author that reads `self.training`. In doubt, yes."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p > 0:
+                return True
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            if module.track_running_stats:
+                return True
+        elif _reads_training(type(module)) and (_drops(module) or not _of_a_library(type(module))):
+            return True
+    return False
+
+
+def _of_a_library(cls: type) -> bool:
+    """Whether the probabilities of dropout are attributes; other people write them as literals, too."""
+    return cls.__module__.split(".")[0] in ("torch", "transformers")
+
+
+def _reads_training(cls: type) -> bool:
+    if cls.__module__.split(".")[0] == "torch":
+        return cls in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+    codes = [value.__code__ for value in vars(cls).values() if inspect.isfunction(value)]
+    return any(_mentions(code, "training") for code in codes)
+
+
+def _mentions(code: CodeType, name: str) -> bool:
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return name in code.co_names or any(_mentions(c, name) for c in inner)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether an attribute of the module or of its config is a probability to drop something."""
+    for name, value in module.__dict__.items():
+        held = fields(value) if is_config(name, value) else {name: value}
+        for key, item in held.items():
+            if isinstance(item, float) and item > 0 and ("drop" in str(key) or "pdrop" in str(key)):
+                return True
+    return False
+
+
+# decoding
+
+
+def _decode(model: nn.Module) -> Scenario | None:
+    """Prefill and one step, for a transformers model that generates with a cache."""
+    if not is_transformers(model):
+        return None
+    library: Any = model
+    takes = inspect.signature(model.forward).parameters
+    cache = next((name for name in _CACHES if name in takes), None)
+    if cache is None or not library.can_generate():
+        return None
+    size = vocabulary(model)
+    if library.config.is_encoder_decoder:
+        _, inputs = example_inputs(model)
+        main = inputs[library.main_input_name]
+        kwargs = {"main": main, "prompt": token_ids(DECODER_SEQ, size), "token": token_ids(1, size)}
+        return Scenario("decode", (), kwargs, run=_DecodeAfterEncoder(library.main_input_name))
+    if library.main_input_name != "input_ids":
+        return None
+    kwargs = {"prompt": token_ids(SEQ, size), "token": token_ids(1, size)}
+    if "attention_mask" in takes:
+        kwargs["mask"] = torch.ones(BATCH, SEQ + 1, dtype=torch.long)
+    return Scenario("decode", (), kwargs, run=_Decode(cache))
+
+
+@dataclass(frozen=True)
+class _Decode:
+    cache: str
+
+    def __call__(
+        self, model: nn.Module, prompt: torch.Tensor, token: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> Any:
+        masks = ({"attention_mask": mask[:, :-1]}, {"attention_mask": mask}) if mask is not None else ({}, {})
+        filled = model(input_ids=prompt, use_cache=True, **masks[0])
+        step = model(input_ids=token, use_cache=True, **{self.cache: filled[self.cache]}, **masks[1])
+        return filled["logits"], step["logits"]
+
+
+@dataclass(frozen=True)
+class _DecodeAfterEncoder:
+    main_input: str
+
+    def __call__(self, model: Any, main: torch.Tensor, prompt: torch.Tensor, token: torch.Tensor) -> Any:
+        encoded = model.get_encoder()(**{self.main_input: main})
+        filled = model(encoder_outputs=encoded, decoder_input_ids=prompt, use_cache=True)
+        past = filled["past_key_values"]
+        step = model(encoder_outputs=encoded, decoder_input_ids=token, past_key_values=past, use_cache=True)
+        return filled["logits"], step["logits"]
