@@ -337,21 +337,20 @@ class Solver:
             return
         if size_of(a) != size_of(b):
             raise CannotUnify(f"{show(a)} has {size_of(a)} elements and {show(b)} has {size_of(b)}")
-        if self.is_frozen(a):
-            return self.freeze(b)
-        if self.is_frozen(b):
-            return self.freeze(a)
+        for one, other in ((a, b), (b, a)):
+            if self.is_frozen(one) and next(atoms_of(one), None) is not None:  # not so (1 | 1 | 1), which has no atoms
+                return self.freeze(other)
         while a[-1] == b[-1]:
             a, b = a[:-1], b[:-1]
         while a[0] == b[0]:
             a, b = a[1:], b[1:]
-        one, other = _lone_atom(a), _lone_atom(b)
-        if one is not None and other is not None:  # the older one stays, so that a weight's axis keeps its name
-            self._bind(*((one, b) if one.id > other.id else (other, a)))
-        elif one is not None:
-            self._bind(one, b)
-        elif other is not None:
-            self._bind(other, a)
+        mine, its = _lone_atom(a), _lone_atom(b)
+        if mine is not None and its is not None:  # the older one stays, so that a weight's axis keeps its name
+            self._bind(*((mine, b) if mine.id > its.id else (its, a)))
+        elif mine is not None:
+            self._bind(mine, b)
+        elif its is not None:
+            self._bind(its, a)
         else:
             ways: list[Callable[[], Any]] = []
             if len(a) > 1 or len(b) > 1:
