@@ -9,7 +9,6 @@ rank holds them. With ``F`` sharded over two ranks, a fused gate and up projecti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autotp.axes.term import Atom, Dim
+from autotp.axes.term import Atom, Dim, Factor, atoms_of, size_of
 
 Range = tuple[int, int]
 Runs = NDArray[np.int64]  # [n, 2]: start and length of each run
@@ -82,14 +81,14 @@ def _runs(dim: Dim, partition: Partition, rank: int) -> Runs:
     return _merged(result)
 
 
-def _factor_runs(factor: Dim | object, partition: Partition, rank: int) -> Runs:
+def _factor_runs(factor: Factor, partition: Partition, rank: int) -> Runs:
     if isinstance(factor, Atom):
         start, stop = partition.range_of(factor, rank)
         return np.array([[start, stop - start]], dtype=np.int64)
     offset, found = 0, []
-    for part in factor.parts:  # type: ignore[attr-defined]
+    for part in factor.parts:
         found.append(_runs(part, partition, rank) + np.array([[offset, 0]], dtype=np.int64))
-        offset += math.prod(f.size for f in part)
+        offset += size_of(part)
     return _merged(np.concatenate(found))
 
 
@@ -138,20 +137,34 @@ def owners(dims: Sequence[Dim], partition: Partition) -> tuple[tuple[int, ...], 
 
 
 def merge(parts: Sequence[torch.Tensor], dims: Sequence[Dim], partition: Partition) -> torch.Tensor:
-    """The whole tensor from the slices of all ranks, in order: the inverse of `slice_tensor`."""
-    shape = [math.prod(f.size for f in dim) for dim in dims]
-    whole = parts[0].new_empty(shape)
-    covered = 0
+    """The whole tensor from the slices of all ranks, in order: the inverse of `slice_tensor`.
+
+    Slices may overlap (the keys of multi-query attention are on every rank); then they hold the same.
+    """
+    whole = parts[0].new_empty([size_of(dim) for dim in dims])
+    missing = _missing(dims, partition)
+    if missing:
+        raise ValueError(f"no rank holds {missing} elements of {whole.numel()}: the partition does not tile the tensor")
     for rank, *_ in owners(dims, partition):
         part = parts[rank]
         expected = local_shape(dims, partition, rank)
         if tuple(part.shape) != expected:
             raise ValueError(f"the slice of rank {rank} has shape {tuple(part.shape)}, its layout says {expected}")
-        covered += part.numel()
         _place(whole, part, dims, partition, rank)
-    if covered != whole.numel():
-        raise ValueError(f"the slices hold {covered} elements of {whole.numel()}: the partition does not tile the tensor")
     return whole
+
+
+def _missing(dims: Sequence[Dim], partition: Partition) -> int:
+    """How many elements no rank holds. Only dims that are sharded are looked at, so this stays small."""
+    sharded = [dim for dim in dims if any(atom.id in partition.ranges for atom in atoms_of(dim))]
+    held = torch.zeros([size_of(dim) for dim in sharded], dtype=torch.bool)
+    for rank in range(partition.size):
+        box = [torch.from_numpy(indices_of(_runs(dim, partition, rank))) for dim in sharded]
+        if box:
+            held[torch.meshgrid(*box, indexing="ij")] = True
+        else:
+            held.fill_(True)
+    return int(held.logical_not().sum())
 
 
 def _place(whole: torch.Tensor, part: torch.Tensor, dims: Sequence[Dim], partition: Partition, rank: int) -> None:
@@ -181,6 +194,6 @@ def _place(whole: torch.Tensor, part: torch.Tensor, dims: Sequence[Dim], partiti
 
 
 def _check_shape(t: torch.Tensor, dims: Sequence[Dim]) -> None:
-    shape = tuple(math.prod(f.size for f in dim) for dim in dims)
+    shape = tuple(size_of(dim) for dim in dims)
     if tuple(t.shape) != shape:
         raise ValueError(f"a tensor of shape {tuple(t.shape)} does not fit dims of shape {shape}")
