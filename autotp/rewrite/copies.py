@@ -1,12 +1,15 @@
-"""Private copies of functions: a method of one module instance, and what it calls, with edits in their source.
+"""Private copies of functions: a method of one module instance, and what it calls, with edits in their
+source.
 
-Frames say how a call was reached, `model.forward → self._split_heads → view`. A `Copy` stands for one function on such a way.
-The edits of a helper show only on the ways that were given: the caller's copy names the helper's copy at that very
-expression, so a free function that other modules share, or that the same method calls twice with other sizes, is left alone.
+Frames say how a call was reached, `model.forward → self._split_heads → view`. A `Copy` stands for one
+function on such a way. The edits of a helper show only on the ways that were given: the caller's copy names
+the helper's copy at that very expression, so a free function that other modules share, or that the same
+method calls twice with other sizes, is left alone.
 
-How a callee is found: names and attributes are looked up where that needs no running (globals, closure, `self`); where the
-callee is a local variable (`attention_interface(...)`), by the code object that ran. Decorators are Python functions around the
-function: each is made again with its closure cell pointing to the copy. An object in place of a function is refused.
+How a callee is found: names and attributes are looked up where that needs no running (globals, closure,
+`self`); where the callee is a local variable (`attention_interface(...)`), by the code object that ran.
+Decorators are Python functions around the function: each is made again with its closure cell pointing to the
+copy. An object in place of a function is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class Callee:
 
 @dataclass(eq=False)
 class Copy:
-    """One function on the way to an edit. It is made again only where it, or something it calls, has edits."""
+    """One function on the way to an edit. It is made again only where it, or what it calls, has edits."""
 
     function: FunctionType
     owner: Any = None
@@ -68,11 +71,13 @@ class Copy:
 
     @property
     def touched(self) -> bool:
-        return (
-            bool(self.edits)
-            or any(c.touched for c in self.cells.values())
-            or any(c.copy.touched for c in self.callees.values())
-        )
+        """Whether the source or a closure cell of this function changes."""
+        return bool(self.edits or self.renamed or any(copy.touched for copy in self.cells.values()))
+
+    @property
+    def renamed(self) -> list[Callee]:
+        """The calls at which a copy is named. A helper that is bound to the instance is called as it was."""
+        return [c for c in self.callees.values() if c.style != "bound" and c.copy.touched]
 
     def edit(self, site: Site, edits: Sequence[Edit]) -> None:
         node = self.node(site)
@@ -83,7 +88,7 @@ class Copy:
         return self.located.text.node(site)
 
     def within(self, function: FunctionType) -> Copy | None:
-        """The copy of `function`, which this function (a decorator's wrapper) calls through a closure cell."""
+        """The copy of `function`, which this one (a decorator's wrapper) calls through a closure cell."""
         if function is self.function:
             return self
         for name, inner in _inner_functions(self.function):
@@ -92,8 +97,6 @@ class Copy:
                 self.cells[name] = known
                 return found
         return None
-
-    # -- making -----------------------------------------------------------------------------------------------------
 
     def content(self) -> tuple[Any, ...]:
         """What is to be changed: copies of one function with equal content are interchangeable."""
@@ -115,7 +118,7 @@ class Copy:
         cells = dict(zip(code.co_freevars, old.__closure__ or (), strict=True))
         made = {name: copy.make() for name, copy in self.cells.items()}
         cells |= {name: CellType(function) for name, function in made.items()}
-        if self.edits or any(c.copy.touched for c in self.callees.values()):
+        if self.edits or self.renamed:
             splices = self._splices()
             self.rendered = splices.render()
             if self.rendered != self.located.text.text:
@@ -150,15 +153,12 @@ class Copy:
         for node, edits in self.edits.items():
             for edit in edits:
                 apply_edit(splices, node, edit, functools.partial(self.resolve, code=None))
-        for callee in self.callees.values():
-            if callee.copy.touched:
-                self._call(splices, callee)
+        for callee in self.renamed:
+            self._call(splices, callee)
         return splices
 
     def _call(self, splices: Splices, callee: Callee) -> None:
         """Name the copy at the caller's expression."""
-        if callee.style == "bound":
-            return
         function: Any = callee.copy.make()
         if isinstance(callee.wrapped, functools.partial):
             function = functools.partial(function, *callee.wrapped.args, **callee.wrapped.keywords)
@@ -194,10 +194,10 @@ class Copy:
         code = self.function.__code__
         return code.co_varnames[0] if code.co_argcount else ""
 
-    # -- looking up -------------------------------------------------------------------------------------------------
-
     def resolve(self, node: ast.expr, code: CodeType | None) -> Any:
-        """The object an expression of this function stands for, where that needs no running; LookupError otherwise."""
+        """The object an expression of this function stands for, where that needs no running; LookupError
+        otherwise.
+        """
         function = self.function
         if isinstance(node, ast.Name):
             name = node.id
@@ -225,17 +225,18 @@ class Copy:
                 raise LookupError(name)
             return found
         if isinstance(node, ast.Attribute):
+            name = _mangled(node.attr, self.function.__qualname__)
             if _is_super(node.value) and self.owner is not None:
                 cls = self.resolve(ast.Name(id="__class__", ctx=ast.Load()), None)
-                return getattr(super(cls, self.owner), node.attr)
+                return getattr(super(cls, self.owner), name)
             base = self.resolve(node.value, code)
-            raw = inspect.getattr_static(base, node.attr, _MISSING)
+            raw = inspect.getattr_static(base, name, _MISSING)
             if isinstance(raw, property) and not isinstance(base, ModuleType | type):
                 return raw
             try:
-                return getattr(base, node.attr)
+                return getattr(base, name)
             except AttributeError:
-                raise LookupError(node.attr) from None
+                raise LookupError(name) from None
         raise LookupError(ast.dump(node))
 
 
@@ -257,6 +258,14 @@ def _key(edit: Edit) -> tuple[Any, ...]:
     if isinstance(edit, WrapArg):
         return ("arg", str(edit.where), id(edit.fn))
     return ("size", edit.index, edit.value)
+
+
+def _mangled(name: str, qualname: str) -> str:
+    """`__name` as it is called inside a class."""
+    scopes = qualname.split(".")
+    if not name.startswith("__") or name.endswith("__") or len(scopes) < 2 or scopes[-2] == "<locals>":
+        return name
+    return f"_{scopes[-2].lstrip('_')}{name}"
 
 
 def _is_super(node: ast.AST) -> bool:
@@ -301,8 +310,7 @@ def callee_at(caller: Copy, site: Site, code: CodeType) -> Copy:
         return _property(caller, node, site, code)
     if not isinstance(node, ast.Call):
         raise RewriteError(
-            f"cannot patch {code.co_qualname}: {caller.located.text.segment(node)!r} at {site.filename}:{site.line} "
-            "calls it by an operator or a loop, not by name"
+            f"cannot patch {code.co_qualname}: {site} calls it by an operator or a loop, not by name"
         )
     if (known := caller.callees.get(node.func)) is not None:
         return _inside(known.copy, code, site)
@@ -324,7 +332,7 @@ def _inside(copy: Copy, code: CodeType, site: Site) -> Copy:
     found = copy.within(function) if function is not None else None
     if found is None:
         raise RewriteError(
-            f"cannot patch {code.co_qualname}: {site} calls {copy.function.__qualname__} one time and it another time"
+            f"cannot patch {code.co_qualname}: {site} calls now it, now {copy.function.__qualname__}"
         )
     return found
 
@@ -332,7 +340,9 @@ def _inside(copy: Copy, code: CodeType, site: Site) -> Copy:
 def _known_callee(
     caller: Copy, call: ast.Call | None, node: ast.expr, site: Site, code: CodeType
 ) -> Copy | None:
-    """Where the expression can be looked up and leads to `code`. `call` is None where it is passed, not called."""
+    """Where the expression can be looked up and leads to `code`. `call` is None where it is passed, not
+    called.
+    """
     try:
         value = caller.resolve(node, site.code)
     except LookupError:
@@ -444,7 +454,7 @@ def function_of(code: CodeType) -> FunctionType:
     alive = [f for f in gc.get_referrers(code) if isinstance(f, FunctionType) and f.__code__ is code]
     if len(alive) != 1:
         raise RewriteError(
-            f"cannot patch {code.co_qualname} of {code.co_filename!r}: {len(alive)} functions have its code, and the call does "
-            "not show which"
+            f"cannot patch {code.co_qualname} of {code.co_filename!r}: {len(alive)} functions have its code, "
+            "and the call does not show which"
         )
     return alive[0]

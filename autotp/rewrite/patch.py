@@ -1,12 +1,14 @@
 """Patches in the source of one module instance's methods.
 
-A `Patch` names one expression that was recorded while tracing, with the frames that led to it, and what to change there. The
-module's method gets a private copy, compiled from the edited source (`source`, `splice`), and so does every function on the
-way (`copies`); the copy is bound to this instance, and other instances of the class run what they ran before.
+A `Patch` names one expression that was recorded while tracing, with the frames that led to it, and what to
+change there. The module's method gets a private copy, compiled from the edited source (`source`, `splice`),
+and so does every function on the way (`copies`); the copy is bound to this instance, and other instances of
+the class run what they ran before.
 
-The copies are bound as plain methods in the instance's `__dict__`, where `nn.Module.__call__` and `torch.compile` look first.
-`copy.deepcopy` binds a method to the copy of its instance, as wanted. Pickle would write such a method as the class's one, the
-patch silently gone, so a patched module carries a mark that refuses to be pickled.
+The copies are bound as plain methods in the instance's `__dict__`, where `nn.Module.__call__` and
+`torch.compile` look first. `copy.deepcopy` binds a method to the copy of its instance, as wanted. Pickle
+would write such a method as the class's one, the patch silently gone, so a patched module carries a mark that
+refuses to be pickled.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ _MISSING: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Edits of the expression at `frames[0]`, on the way given by its callers (innermost first, as in `Call.frames`)."""
+    """Edits of the expression at `frames[0]`, on the way given by its callers (innermost first, as in
+    `Call.frames`).
+    """
 
     frames: tuple[Site, ...]
     edits: tuple[Edit, ...]
@@ -52,8 +56,8 @@ class Unpicklable:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise RewriteError(
-            "cannot pickle a module whose methods autotp has patched: it would come back without the patches. "
-            "Save its state dict, and shard the model again where it is loaded."
+            "cannot pickle a module whose methods autotp has patched: it would come back without the "
+            "patches. Save its state dict, and shard the model again where it is loaded."
         )
 
 
@@ -94,7 +98,7 @@ class Applied:
 
 
 def apply_patches(module: nn.Module, patches: Sequence[Patch]) -> Applied:
-    """Patch this instance's methods. Raises RewriteError, with nothing changed, where one cannot be patched."""
+    """Patch this instance's methods. Where one cannot be patched: RewriteError, and nothing is changed."""
     roots: dict[str, Copy] = {}
     plain: set[str] = set()
     for patch in patches:
@@ -117,7 +121,9 @@ def apply_patches(module: nn.Module, patches: Sequence[Patch]) -> Applied:
 
 
 def _add(module: nn.Module, patch: Patch, roots: dict[str, Copy], plain: set[str]) -> None:
-    """Put the edits of one patch into the tree of copies under the method that its outermost frame belongs to."""
+    """Put the edits of one patch into the tree of copies under the method that its outermost frame belongs
+    to.
+    """
     way = [_root(module, patch.frames[-1].code, roots, plain)]
     for caller, site in zip(reversed(patch.frames), reversed(patch.frames[:-1]), strict=False):
         # A comprehension or lambda is part of the function it is written in, whoever calls it.
@@ -195,8 +201,9 @@ def _overridden(module: nn.Module, code: CodeType, roots: dict[str, Copy]) -> Co
 
 
 def _bind_helpers(module: nn.Module, roots: dict[str, Copy]) -> dict[str, Copy]:
-    """Helper methods that are patched the same way wherever the patched code calls them: bound to the instance under their
-    name, so that the calls stay as they are written. The others stay named at each call."""
+    """Helper methods that are patched the same way wherever the patched code calls them: bound to the
+    instance under their name, so that the calls stay as they are written. The others stay named at each call.
+    """
     users: dict[str, list[tuple[Copy, Callee]]] = {}
     for root in roots.values():
         for copy in root.tree():

@@ -1,37 +1,38 @@
-"""A user's function as source text: find it, make sure that it is what runs, and compile an edited copy of it.
+"""A user's function as source text: find it, make sure that it is what runs, and compile an edited copy of
+it.
 
-`locate` goes from a function to its `Text`, the whole file it stands in, and refuses where the text is not there (a REPL) or
-is not what runs: it compiles the text again and compares bytecode, constants and columns.
+`locate` goes from a function to its `Text`, the whole file it stands in, and refuses where the text is not
+there (a REPL) or is not what runs: it compiles the text again and compares bytecode, constants and columns.
 
-`recompile` compiles an edited text of the same number of lines under a name of its own, which `linecache` knows, so that
-tracebacks show the patched line under its number. It compiles the definition alone, not the whole file, inside an artificial
-function whose parameters are the injected names:
+`recompile` compiles an edited text of the same number of lines under a name of its own, which `linecache`
+knows, so that tracebacks show the patched line under its number. It compiles the definition alone, not the
+whole file, inside an artificial function whose parameters are the injected names:
 
     def _autotp_scope(_autotp_all_reduce_0):
         global Attention
         class Attention:
             def forward(self, x): return _autotp_all_reduce_0(self.proj(x))
 
-So injected names are free variables of the copy. That leaves the signature as it is (`inspect.signature` is read by
-`generate`) and the module's globals untouched and live; `torch.compile` guards closures as it does any other, and
-`copy.deepcopy` shares functions. A hidden default would show in the signature, a global would outlive the model, a callable
-among the code's constants is something dynamo refuses. `global` keeps the qualified name, and `class` keeps the
-`__class__` cell of `super()` and the mangling of private names.
+So injected names are free variables of the copy. That leaves the signature as it is (`inspect.signature` is
+read by `generate`) and the module's globals untouched and live; `torch.compile` guards closures as it does
+any other, and `copy.deepcopy` shares functions. A hidden default would show in the signature, a global would
+outlive the model, a callable among the code's constants is something dynamo refuses. `global` keeps the
+qualified name, and `class` keeps the `__class__` cell of `super()` and the mangling of private names.
 """
 
 from __future__ import annotations
 
 import __future__
-
 import ast
 import functools
 import hashlib
 import linecache
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any
 
 from autotp.errors import RewriteError
 
@@ -45,7 +46,9 @@ FUTURE_FLAGS = functools.reduce(
 )
 FUTURE_FLAGS &= ~CO_NESTED
 
-Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
+_TYPE_PARAMS: dict[str, Any] = {"type_params": []} if sys.version_info >= (3, 12) else {}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +61,9 @@ class Text:
     line_starts: tuple[int, ...] = field(repr=False)
     """Offset of each line in the UTF-8 bytes."""
     spans: dict[tuple[int, int, int, int], ast.AST] = field(repr=False)
-    """Expressions and augmented assignments by (line, column, end line, end column), as bytecode records them."""
+    """Expressions and augmented assignments by (line, column, end line, end column), as bytecode records
+    them.
+    """
 
     def offset(self, line: int, col: int) -> int:
         return self.line_starts[line - 1] + col
@@ -78,8 +83,8 @@ class Text:
         found = self.spans.get((site.line, site.col, site.end_line, site.end_col))
         if found is None:
             raise RewriteError(
-                f"no expression of {self.filename!r} spans line {site.line}, columns {site.col} to {site.end_col} "
-                f"(in {site.qualname}), so that it cannot be patched"
+                f"cannot patch {site.qualname}: no expression of {self.filename!r} spans line {site.line}, "
+                f"columns {site.col} to {site.end_col}"
             )
         return found
 
@@ -102,7 +107,7 @@ def parse(filename: str, text: str) -> Text:
             assert node.end_lineno is not None and node.end_col_offset is not None
             spans.setdefault((node.lineno, node.col_offset, node.end_lineno, node.end_col_offset), node)
     for node in list(spans.values()):
-        # A method call whose name stands on a later line than its receiver is recorded as starting at the name.
+        # A method call whose name stands on a later line than its receiver is recorded from the name on.
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -119,8 +124,9 @@ def parse(filename: str, text: str) -> Text:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Located:
-    """Where a function's code stands: the text, the chain of classes down to the outermost function around it, and which
-    of the equally named code objects on its first line it is."""
+    """Where a function's code stands: the text, the chain of classes down to the outermost function around
+    it, and which of the equally named code objects on its first line it is.
+    """
 
     text: Text
     classes: tuple[ast.ClassDef, ...]
@@ -137,8 +143,8 @@ def locate(function: FunctionType) -> Located:
     text = "".join(linecache.getlines(filename, function.__globals__))
     if not text:
         raise RewriteError(
-            f"cannot patch {name}: its source is not available (typed into a shell or compiled from a string?). "
-            "Put the code into a file."
+            f"cannot patch {name}: its source is not available (typed into a shell, or compiled from "
+            "a string?). Put the code into a file."
         )
     try:
         return _located(code, filename, text)
@@ -214,7 +220,7 @@ def _compile(
         top = cls.name
         body = ast.copy_location(
             ast.ClassDef(
-                name=cls.name, bases=[], keywords=[], body=[body], decorator_list=[], type_params=[]
+                name=cls.name, bases=[], keywords=[], body=[body], decorator_list=[], **_TYPE_PARAMS
             ),
             cls,
         )
@@ -227,7 +233,7 @@ def _compile(
         args=arguments,
         body=statements,
         decorator_list=[],
-        type_params=[],
+        **_TYPE_PARAMS,
         lineno=1,
         col_offset=0,
     )
@@ -287,8 +293,9 @@ def same_code(a: CodeType, b: CodeType) -> bool:
 
 
 def same_but_for_asserts(compiled: CodeType, running: CodeType) -> bool:
-    """Whether `running` is `compiled` with pytest's rewriting of asserts: same arguments, names, constants and columns, but
-    for what pytest adds."""
+    """Whether `running` is `compiled` with pytest's rewriting of asserts: same arguments, names, constants
+    and columns, but for what pytest adds.
+    """
 
     def plain(names: tuple[str, ...]) -> set[str]:
         return {name for name in names if not name.startswith("@py")}

@@ -1,7 +1,7 @@
 """Edits of expressions, as insertions into source text.
 
-An edit never moves a line: what is inserted has no line break, what is replaced keeps its own. `Splices` collects the
-insertions for one text and applies them at once, the outer ones outside the inner ones.
+An edit never moves a line: what is inserted has no line break, what is replaced keeps its own. `Splices`
+collects the insertions for one text and applies them at once, the outer ones outside the inner ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,13 +30,13 @@ RIGHT = 1
 class SizeAt:
     """Give int leaf `index` of the call's arguments (counted as in `Call.ints`) the constant `value`.
 
-    `paths` says where each int leaf sits (`Call.ints`) and `func` which call it was; without them only calls can be patched
-    whose source shows the leaf (`y.view(B, T, C)`). Use `SizeAt.of`.
+    `paths` says where each int leaf sits (`Call.ints`) and `func` which call it was; without them only calls
+    can be patched whose source shows the leaf (`y.view(B, T, C)`). Use `SizeAt.of`.
     """
 
     index: int
     value: int
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] | None = None
     func: str = ""
 
     @classmethod
@@ -55,15 +55,16 @@ class Wrap:
 class WrapArg:
     """Replace one argument A by `fn(A)`.
 
-    `where` is the position in the call as torch sees it (`x` of `x.view()` and the left operand are 0, the right one is 1),
-    the name of a keyword argument, or a path into list or tuple displays: ("args", 0, 1) is `b` of `torch.cat([a, b])`.
+    `where` is the position in the call as torch sees it (`x` of `x.view()` and the left operand are 0, the
+    right one is 1), the name of a keyword argument, or a path into list or tuple displays: ("args", 0, 1) is
+    `b` of `torch.cat([a, b])`.
     """
 
     where: int | str | Path
     fn: Callable[[Any], Any]
 
 
-Edit = Union[SizeAt, Wrap, WrapArg]
+Edit = SizeAt | Wrap | WrapArg
 
 _OPENERS = tuple(c.encode() for c in "([{,=:+-*/%@<>&|^~!") + (
     b" return",
@@ -130,8 +131,9 @@ class Splices:
             )
 
     def size(self, start: int, end: int, index: int, value: int, arguments: bool = False) -> None:
-        """Have int leaf `index` of the value of a span (or of the call's arguments that stand there) replaced when it is
-        computed."""
+        """Have int leaf `index` of the value of a span (or of the call's arguments that stand there) replaced
+        when it is computed.
+        """
         sizes = self._sizes.setdefault((start, end, arguments), {})
         if sizes.setdefault(index, value) != value:
             raise RewriteError(
@@ -152,7 +154,7 @@ class Splices:
             )
             pairs.append((start, end, 5, before, after))
         spans = sorted(self._replaced)
-        for (start, end), later in zip(spans, spans[1:], strict=False):
+        for (_, end), later in zip(spans, spans[1:], strict=False):
             if later[0] < end:
                 raise RewriteError(f"two edits of {self.text.filename!r} overlap at byte {later[0]}")
         for start, end, *_ in pairs:
@@ -183,8 +185,9 @@ class Splices:
 
 
 def apply_edit(splices: Splices, node: ast.AST, edit: Edit, resolve: Callable[[ast.expr], Any]) -> None:
-    """Add one edit of the expression `node`. `resolve` gives the object that an expression stands for, or raises
-    LookupError where that shows only at run time."""
+    """Add one edit of the expression `node`. `resolve` gives the object that an expression stands for, or
+    raises LookupError where that shows only at run time.
+    """
     if isinstance(edit, Wrap):
         _wrap(splices, node, edit.fn)
     elif isinstance(edit, WrapArg):
@@ -197,14 +200,16 @@ def _wrap(splices: Splices, node: ast.AST, fn: Callable[[Any], Any]) -> None:
     if isinstance(node, ast.AugAssign):
         if isinstance(node.target, ast.Subscript):
             raise RewriteError(
-                f"cannot wrap {splices.text.segment(node)!r} at {splices.where(node)}: it writes into part of a tensor"
+                f"cannot wrap {splices.text.segment(node)!r} at {splices.where(node)}: "
+                "it writes into part of a tensor"
             )
         name = splices.name(in_place(fn), f"{getattr(fn, '__name__', 'fn')}_")
         splices.wrap(node, "", f"; {name}({splices.text.segment(node.target)})", rank=9)
         return
     if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
         raise RewriteError(
-            f"cannot wrap {splices.text.segment(node)!r} at {splices.where(node)}: it is assigned to, not a value"
+            f"cannot wrap {splices.text.segment(node)!r} at {splices.where(node)}: "
+            "it is assigned to, not a value"
         )
     splices.wrap(node, f"{splices.name(fn)}(", ")", rank=1)
 
@@ -243,8 +248,9 @@ def _wrap_argument(
 def _argument(
     splices: Splices, node: ast.AST, path: Path, resolve: Callable[[ast.expr], Any]
 ) -> tuple[ast.expr | None, Path]:
-    """The source of the argument at `path` of a torch call, and the rest of the path inside it; None where the argument
-    hides behind a starred one."""
+    """The source of the argument at `path` of a torch call, and the rest of the path inside it; None where
+    the argument hides behind a starred one.
+    """
     text, kind, rest = splices.text.segment(node), path[0], path[2:]
     problem = RewriteError(f"{text!r} at {splices.where(node)} has no argument {path}")
     if isinstance(node, ast.Call):
@@ -289,7 +295,9 @@ def _argument(
 
 
 def _callee(node: ast.Call, resolve: Callable[[ast.expr], Any]) -> tuple[bool, list[str]]:
-    """Whether a call is a method call, whose receiver is argument 0, and the names of its parameters where known."""
+    """Whether a call is a method call, whose receiver is argument 0, and the names of its parameters where
+    known.
+    """
     function: Any = None
     bound = False
     try:
@@ -312,7 +320,7 @@ def _callee(node: ast.Call, resolve: Callable[[ast.expr], Any]) -> tuple[bool, l
 
 def _size(splices: Splices, node: ast.AST, edit: SizeAt, resolve: Callable[[ast.expr], Any]) -> None:
     where = f"{splices.text.segment(node)!r} at {splices.where(node)}"
-    paths = edit.paths or _paths_from_source(node)
+    paths = _paths_from_source(node) if edit.paths is None else edit.paths
     if edit.index >= len(paths):
         raise RewriteError(f"{where} has no integer argument number {edit.index}")
     if isinstance(node, ast.Call) and edit.func and not edit.func.startswith("__"):
@@ -384,7 +392,9 @@ def _size_among_starred(
 
 
 def _paths_from_source(node: ast.AST) -> tuple[Path, ...]:
-    """Paths of the int leaves of a method call or subscript, where every argument but literals is taken to be one int."""
+    """Paths of the int leaves of a method call or subscript, where every argument but literals is taken to be
+    one int.
+    """
 
     def leaves(value: ast.expr | None, path: Path) -> list[Path]:
         if value is None or (isinstance(value, ast.Constant) and type(value.value) is not int):
@@ -420,7 +430,7 @@ def _paths_from_source(node: ast.AST) -> tuple[Path, ...]:
 
 
 def replace_sizes(value: Any, sizes: Mapping[int, int]) -> Any:
-    """`value`, an int or a nest of tuples, lists and slices, with int leaf number i replaced by `sizes[i]`."""
+    """`value`, an int or a nest of tuples, lists and slices, with int leaf number i made `sizes[i]`."""
     count = 0
 
     def visit(leaf: Any) -> Any:
@@ -449,7 +459,7 @@ def in_place(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if result is not value:
             if result.shape != value.shape or result.dtype != value.dtype:
                 raise RewriteError(
-                    f"an augmented assignment cannot take {tuple(result.shape)} in place of {tuple(value.shape)}"
+                    f"cannot write {tuple(result.shape)} into the {tuple(value.shape)} of an augmented assignment"
                 )
             value.copy_(result)
         return value

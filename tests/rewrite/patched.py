@@ -87,15 +87,11 @@ class Attention(nn.Module):
         return x.unflatten(dim=1, sizes=(self.n_head, -1))
 
     def unicode(self, x):
-        é = "à"; return x.view(len(é), self.n_head, -1)  # noqa: E702
+        é = "à"
+        return x.view(len(é), self.n_head, -1)
 
     def chained(self, x):
-        return (
-            x
-            .view(x.shape[0],
-                  self.n_head, 3)  # heads
-            .transpose(0, 1)
-        )
+        return x.view(x.shape[0], self.n_head, 3).transpose(0, 1)  # heads
 
     def augmented(self, x):
         y = self.proj(x)
@@ -110,7 +106,7 @@ class Attention(nn.Module):
         return torch.stack([part.view(-1, self.n_head) for part in (x, x + 1)])
 
     def local_lambda(self, x):
-        cut = lambda t: t.view(-1, self.n_head)  # noqa: E731
+        cut = lambda t: t.view(-1, self.n_head)
         return cut(x) + cut(x + 1)
 
     def free(self, x):
@@ -169,6 +165,7 @@ def make(method: str, *decorators) -> nn.Module:
     for decorator in decorators:
         forward = decorator(forward)
     cls = type(f"{method.title()}Module", (Attention,), {"forward": forward})
+    globals()[cls.__name__] = cls  # where pickle looks for it
     torch.manual_seed(0)
     return cls()
 

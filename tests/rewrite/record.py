@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from autotp.trace.sites import forward_code, frames_to
 
 
 class Calls(TorchFunctionMode):
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, stop: CodeType | None = None) -> None:
         super().__init__()
-        self.stop = forward_code(module)
+        self.stop = stop or forward_code(module)
         self.calls: list[Call] = []
 
     def __torch_function__(
@@ -38,9 +39,9 @@ class Calls(TorchFunctionMode):
         return self.calls
 
 
-def calls_of(module: nn.Module, run: Callable[[], Any]) -> list[Call]:
-    """The calls of `module`'s forward while `run()` runs."""
-    return Calls(module).record(run)
+def calls_of(module: nn.Module, run: Callable[[], Any], stop: CodeType | None = None) -> list[Call]:
+    """The calls of `module`'s forward (or of the function with code `stop`) while `run()` runs."""
+    return Calls(module, stop).record(run)
 
 
 def find(calls: list[Call], text: str, nth: int = 0) -> Call:
