@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
 from autotp.runtime.ops import all_reduce
+from autotp.runtime.wire import narrow_runs
+
+Part = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""(dim, starts, lengths) of runs in the local gradient."""
 
 _ATTRIBUTE = "_tp_gradient_sums"
 
@@ -26,17 +30,25 @@ class GradSync:
     copy sums the copy's gradient.
     """
 
-    def __init__(self, parameter: Tensor, group: str) -> None:
+    def __init__(self, parameter: Tensor, group: str, part: Part | None = None) -> None:
         if not parameter.is_leaf:
             raise AutoTPError("GradSync wants a parameter (a leaf), not something computed.")
         self.parameter = parameter
         self.group = group
+        self.part = part
         self._handle: Any = None
         if parameter.requires_grad:
             self._handle = parameter.register_hook(self._sum)  # type: ignore[no-untyped-call]
 
     def _sum(self, grad: Tensor) -> Tensor:
-        return all_reduce(grad, self.group)
+        if self.part is None:
+            return all_reduce(grad, self.group)
+        dim, starts, lengths = self.part
+        summed = all_reduce(narrow_runs(grad, dim, starts, lengths), self.group)
+        out = grad.clone()
+        for start, piece in zip(starts, summed.split(list(lengths), dim), strict=True):
+            out.narrow(dim, start, piece.shape[dim]).copy_(piece)
+        return out
 
     def remove(self) -> None:
         """Sum no longer."""
@@ -45,13 +57,13 @@ class GradSync:
             self._handle = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradSync:
-        return GradSync(copy.deepcopy(self.parameter, memo), self.group)
+        return GradSync(copy.deepcopy(self.parameter, memo), self.group, self.part)
 
     def __reduce__(self) -> Any:
-        return GradSync, (self.parameter, self.group)
+        return GradSync, (self.parameter, self.group, self.part)
 
 
-def sync_gradient(module: nn.Module, name: str, group: str) -> None:
+def sync_gradient(module: nn.Module, name: str, group: str, part: Part | None = None) -> None:
     """Sum the gradient of ``module``'s own parameter ``name`` over ``group`` from now on (again: no
     change).
     """
@@ -60,10 +72,10 @@ def sync_gradient(module: nn.Module, name: str, group: str) -> None:
     assert parameter is not None
     old: GradSync | None = sums.get(name)
     if old is not None:
-        if old.parameter is parameter and old.group == group and old._handle is not None:
+        if old.parameter is parameter and old.group == group and old.part == part and old._handle is not None:
             return
         old.remove()
-    sums[name] = GradSync(parameter, group)
+    sums[name] = GradSync(parameter, group, part)
 
 
 def stop_gradient_sync(module: nn.Module, name: str) -> None:
@@ -85,6 +97,6 @@ def refresh_gradient_syncs(model: nn.Module) -> int:
             parameter = module._parameters[name]
             stale = parameter is not sync.parameter or (parameter.requires_grad and sync._handle is None)
             if stale:
-                sync_gradient(module, name, sync.group)
+                sync_gradient(module, name, sync.group, sync.part)
                 moved += 1
     return moved
