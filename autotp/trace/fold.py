@@ -82,7 +82,7 @@ def _fold_children(
     for name, stood in names.items():
         fqn = f"{prefix}.{name}" if prefix else name
         wholes = tuple(f"{o}.{s}" if o else s for o in originals for s in stood)
-        if wholes != (fqn,):
+        if stood != (name,):
             stands[fqn] = wholes
         child = module._modules[name]
         if child is not None:
@@ -138,12 +138,8 @@ def _runs(children: list[nn.Module], alike: Alike) -> Iterator[_Run]:
 
 
 def _own_index(fqn: str, stands: Mapping[str, tuple[str, ...]]) -> int | None:
-    """The index, in the model, of the innermost folded layer that holds `fqn`."""
-    prefix = fqn
-    while prefix:
-        if prefix in stands:
-            last = stands[prefix][0].rpartition(".")[2]
-            if last.isdigit():
-                return int(last)
-        prefix = prefix.rpartition(".")[0]
+    """The index, in the model, of the innermost layer that holds `fqn`."""
+    for name in reversed(Folds(stands).originals(fqn)[0].split(".")):
+        if name.isdigit():
+            return int(name)
     return None

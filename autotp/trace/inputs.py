@@ -29,8 +29,8 @@ def as_arguments(example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tenso
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise TraceError(
-        f"example_inputs is a {type(example_inputs).__name__}; give a tuple of positional arguments or a dict "
-        "of keyword arguments"
+        f"example_inputs is a {type(example_inputs).__name__}; give positional arguments as a tuple, "
+        "or keyword arguments as a dict"
     )
 
 
@@ -100,8 +100,8 @@ def _library_input(model: Any, name: str) -> torch.Tensor:
             return torch.zeros(BATCH, mels or 80, 2 * config.max_source_positions, dtype=dtype)
         return torch.zeros(BATCH, 29, _get(config, "input_feat_per_channel") or mels or 80, dtype=dtype)
     raise TraceError(
-        f"cannot find example inputs for {type(model).__name__}: its main input is {name!r}, which autotp does "
-        f"not know. Pass example_inputs={{{name!r}: ...}}"
+        f"cannot find example inputs for {type(model).__name__}: its main input {name!r} is not known to "
+        f"autotp. Pass example_inputs={{{name!r}: ...}}"
     )
 
 
@@ -191,6 +191,6 @@ def _missing(model: nn.Module, names: Sequence[str]) -> TraceError:
     given = f"({arguments},)" if len(names) == 1 else f"({arguments})"
     return TraceError(
         f"cannot guess example inputs for {type(model).__name__}: its forward takes ({arguments}). Pass "
-        f"example_inputs={given}, a tuple of positional arguments, or a dict of keyword arguments; only shapes "
-        "and dtypes matter"
+        f"example_inputs={given}, positional arguments as a tuple, or keyword arguments as a dict; only "
+        "shapes and dtypes matter"
     )

@@ -7,6 +7,7 @@ used: it hands proxies of shared modules to the user's code, and `Recorder` know
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,12 @@ def make_graph(f: Callable[..., Any], *args: Sequence[torch.Tensor]) -> fx.Graph
             "this version of autotp does not know how to trace with it"
         )
     wanted: dict[str, Any] = {name: value for name, value in _WANTED.items() if name in has}
-    return proxy_tensor.make_fx(f, **wanted)(*args)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback of what we report ourselves
+    before, log.disabled = log.disabled, True
+    try:
+        return proxy_tensor.make_fx(f, **wanted)(*args)
+    finally:
+        log.disabled = before
 
 
 def current_tracer() -> Any:

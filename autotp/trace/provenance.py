@@ -10,6 +10,7 @@ The expression is lost (never wrong) through `int()`, `/`, `math.sqrt` and `rang
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
 from collections.abc import Callable, Mapping
@@ -195,8 +196,10 @@ class WatchedInt(ProvInt):
     compared."""
 
     def _note(self) -> None:
-        """A cache that looks whether it has this layer yet does not branch on the layer."""
-        if self.session.open and not _in_cache(sys._getframe(2)):
+        """A cache that looks whether it has this layer yet does not branch on the layer, nor does a dict that
+        looks it up."""
+        frame = sys._getframe(2)
+        if self.session.open and not _in_cache(frame) and not _looks_up(frame):
             self.session.compared |= attributes(self.expr) & self.session.watched
 
     __hash__ = ProvInt.__hash__
@@ -239,6 +242,12 @@ def make(value: int, expr: Expr, session: Session) -> int:
 
 def _in_cache(frame: FrameType) -> bool:
     return "Cache" in type(frame.f_locals.get("self")).__name__
+
+
+def _looks_up(frame: FrameType) -> bool:
+    """Whether the int is compared inside `table[i]` or `table.get(i)`, where the code writes no
+    comparison."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] not in ("COMPARE_OP", "CONTAINS_OP")
 
 
 def _unary(symbol: str, operand: ProvInt, value: int) -> int:

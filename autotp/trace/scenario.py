@@ -65,22 +65,39 @@ def trace_model(
         bare = skeleton(model)
         folds = fold(bare)
         if folds:
-            try:
-                traces = tuple(_trace(bare, scenario, folds) for scenario in wanted)
-            except TraceError:  # a loop over range(num_layers), say
-                pass
-            else:
-                if not folds.suspect:
-                    return traces, folds
-    bare = skeleton(model)
-    first, *others = wanted
-    whole = [_trace(bare, first, Folds())]
-    for scenario in others:
+            traces, failed = _each(bare, wanted, folds)
+            if wanted[0].name in traces and not folds.suspect:
+                # what fails folded (a loop over range(num_layers), say) may be fine in the whole model
+                again = [scenario for scenario in wanted if scenario.name in failed]
+                if not _each(skeleton(model), again, Folds())[0]:
+                    return _noted(traces, failed), folds
+    traces, failed = _each(skeleton(model), wanted, Folds())
+    if wanted[0].name in failed:
+        raise failed[wanted[0].name]
+    return _noted(traces, failed), Folds()
+
+
+def _each(
+    bare: nn.Module, wanted: Sequence[Scenario], folds: Folds
+) -> tuple[dict[str, Trace], dict[str, TraceError]]:
+    """The traces, and the errors where there is none, by the scenario's name. Without "forward" there is no
+    use in others."""
+    traces: dict[str, Trace] = {}
+    failed: dict[str, TraceError] = {}
+    for scenario in wanted:
         try:
-            whole.append(_trace(bare, scenario, Folds()))
+            traces[scenario.name] = _trace(bare, scenario, folds)
         except TraceError as error:
-            whole[0] = replace(whole[0], notes=(*whole[0].notes, f"not traced: {error}"))
-    return tuple(whole), Folds()
+            failed[scenario.name] = error
+            if scenario.name == "forward":
+                break
+    return traces, failed
+
+
+def _noted(traces: Mapping[str, Trace], failed: Mapping[str, TraceError]) -> tuple[Trace, ...]:
+    first, *others = traces.values()
+    notes = tuple(f"not traced: {error}" for error in failed.values())
+    return replace(first, notes=(*first.notes, *notes)), *others
 
 
 def _trace(bare: nn.Module, scenario: Scenario, folds: Folds) -> Trace:
