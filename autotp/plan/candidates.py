@@ -151,6 +151,27 @@ def _gathered_weights(analysis: Analysis) -> frozenset[Atom]:
     )
 
 
+def sharded_share(dims: Iterable[Dim], sharded: frozenset[Atom]) -> float:
+    """Which share of a value's elements lies on one rank only: 1 for ``(F | F)`` over F, H/(H+2) for ``(H|1|1)``."""
+    whole = 1.0
+    for dim in dims:
+        for factor in dim:
+            if isinstance(factor, Cat):
+                total = sum(_size(part) for part in factor.parts)
+                share = sum(_size(part) * sharded_share([part], sharded) for part in factor.parts) / total
+                whole *= 1 - share
+            elif factor in sharded:
+                whole = 0.0
+    return 1 - whole
+
+
+def _size(dim: Dim) -> int:
+    n = 1
+    for factor in dim:
+        n *= sum(_size(part) for part in factor.parts) if isinstance(factor, Cat) else factor.size
+    return n
+
+
 def conflicts(
     analysis: Analysis, found: Iterable[Candidate]
 ) -> tuple[frozenset[Candidate], Mapping[Candidate, frozenset[Candidate]]]:

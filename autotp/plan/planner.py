@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
-from torch import fx
 
 from ..axes.analysis import Analysis
-from ..axes.term import Atom, Cat, Dim
+from ..axes.term import Atom, Dim
 from ..errors import PlanError
-from .candidates import Candidate, atoms_of, candidates, conflicts
+from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
 from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
 
 #: Share of the sharded weight bytes that may be given up for less communication.
@@ -57,27 +56,6 @@ class Choice:
     @property
     def ranges(self) -> dict[Atom, tuple[tuple[int, int], ...]]:
         return {a: r for c in self.candidates for a, r in zip(c.atoms, c.ranges, strict=True)}
-
-
-def sharded_share(dims: Iterable[Dim], sharded: frozenset[Atom]) -> float:
-    """Which share of a value's elements lies on one rank only: 1 for ``(F | F)`` over F, H/(H+2) for ``(H|1|1)``."""
-    whole = 1.0
-    for dim in dims:
-        for factor in dim:
-            if isinstance(factor, Cat):
-                total = sum(_size(part) for part in factor.parts)
-                share = sum(_size(part) * sharded_share([part], sharded) for part in factor.parts) / total
-                whole *= 1 - share
-            elif factor in sharded:
-                whole = 0.0
-    return 1 - whole
-
-
-def _size(dim: Dim) -> int:
-    n = 1
-    for factor in dim:
-        n *= sum(_size(part) for part in factor.parts) if isinstance(factor, Cat) else factor.size
-    return n
 
 
 def choose(
@@ -220,7 +198,3 @@ def holders(analysis: Analysis, candidate: Candidate) -> list[str]:
         for fqn, node in analysis.trace.params.items()
         if fqn not in analysis.trace.is_buffer and wanted & set(atoms_of(analysis.dims[node][0]))
     ]
-
-
-def reduced(choice: Choice, node: fx.Node) -> bool:
-    return node in choice.communication.reduce

@@ -94,6 +94,10 @@ class Anchors:
                 return Boundary(call.fqn, "out", path)
         return None
 
+    def input_boundary(self, node: fx.Node) -> list[Boundary]:
+        """The arguments of the model through which it gets an input."""
+        return [Boundary("", "in", path) for call, path in self.inputs[node] if call.fqn == ""]
+
     def boundaries_before(self, node: fx.Node, users: Iterable[fx.Node], others: Iterable[fx.Node]) -> list[Boundary]:
         """The arguments of one module through which all ``users`` and none of ``others`` get the value; else []."""
         users, others = list(users), list(others)
@@ -121,12 +125,19 @@ class Anchors:
                 return None  # inside a leaf that is swapped as a whole
             return 1 if self.site_of(node) is not None else None
 
+        users: dict[fx.Node, list[fx.Node]] = {n: list(n.users) for n in self.position}
+
+        def takes_patches(user: fx.Node) -> bool:
+            return self.leaf_of(user) is not None or self.site_of(user) is not None
+
         def enter(node: fx.Node) -> int | None:
-            if node.op == "placeholder" or self.outputs[node] or self.inputs[node]:
+            if node.op == "placeholder" or self.boundary_after(node, users[node]) is not None:
                 return 0
-            if self.leaf_of(node) is not None:
-                return None
-            return 1
+            if self.leaf_of(node) is not None and self.leaves_by(node) is None:
+                return None  # inside a leaf that is swapped as a whole
+            if self.leaves_by(node) is not None or self.inputs[node] or all(map(takes_patches, users[node])):
+                return 0
+            return 1 if self.site_of(node) is not None else None
 
         def mask(edge: Edge) -> bool:
             return self.leaf_of(edge.consumer) is None and self.site_of(edge.consumer) is not None

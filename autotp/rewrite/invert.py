@@ -103,7 +103,7 @@ def solutions(
 def _likely(
     equations: Sequence[tuple[Lowered, int]], attr: Any, values: Mapping[Any, int], present: int
 ) -> Iterator[int]:
-    """The present value scaled as an equation's value is: 14 // 2 = 7 that is to be 3 makes 14 into 6, not 7."""
+    """The present value scaled as an equation's value is: 14 // 2 = 7 that is to be 3 makes 14 into 6."""
     for expr, want in equations:
         before = evaluate(expr, {**values, attr: present})
         if before and present * want % before == 0:

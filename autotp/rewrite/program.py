@@ -203,15 +203,15 @@ class _Compiler:
             return
         users = [edge.consumer for edge in self.uses[node]]
         if node.op == "placeholder":
-            boundaries = self.anchors.boundaries_before(node, users, ())
+            boundaries = self.anchors.input_boundary(node)
         else:
             boundary = self.anchors.boundary_after(node, users)
             boundaries = [boundary] if boundary is not None else []
         if boundaries:
             for b in boundaries:
-                self.draft.hooks[b].setdefault(self._call_index(b.fqn, node if b.side == "out" else users[0]), []).extend(
-                    steps
-                )
+                at = users[0] if node.op == "placeholder" else node
+                target = self.draft.leaf_before[b.fqn] if b.fqn in self.anchors.leaves else self.draft.hooks[b]
+                target.setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
         self._wrap(node, None, steps)
 

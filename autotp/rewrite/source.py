@@ -22,10 +22,10 @@ qualified name, and `class` keeps the `__class__` cell of `super()` and the mang
 
 from __future__ import annotations
 
-import __future__
 import ast
 import functools
 import hashlib
+import importlib
 import linecache
 import os
 import sys
@@ -41,10 +41,8 @@ if TYPE_CHECKING:
 
 PREFIX = "_autotp_"
 CO_NESTED = 0x10
-FUTURE_FLAGS = functools.reduce(
-    lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
-)
-FUTURE_FLAGS &= ~CO_NESTED
+_FUTURE = importlib.import_module("__future__")
+FUTURE_FLAGS = sum({getattr(_FUTURE, name).compiler_flag for name in _FUTURE.all_feature_names} - {CO_NESTED})
 
 _TYPE_PARAMS: dict[str, Any] = {"type_params": []} if sys.version_info >= (3, 12) else {}
 

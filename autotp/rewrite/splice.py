@@ -459,7 +459,7 @@ def in_place(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if result is not value:
             if result.shape != value.shape or result.dtype != value.dtype:
                 raise RewriteError(
-                    f"cannot write {tuple(result.shape)} into the {tuple(value.shape)} of an augmented assignment"
+                    f"cannot write {tuple(result.shape)} into {tuple(value.shape)}, an augmented assignment"
                 )
             value.copy_(result)
         return value

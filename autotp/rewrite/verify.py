@@ -210,8 +210,9 @@ class _Comparison:
         if not twins:
             raise self._error(node, "has no counterpart in the whole model: other operands, or another branch was taken")
         reasons: list[str] = []
-        start = self.serial[key] if _is_random(node) else 0
-        for twin in twins[start:]:
+        # Equal ops run in the same order; only random ones (whose draws differ) have to.
+        start = self.serial[key]
+        for twin in [*twins[start:], *([] if _is_random(node) else twins[:start])]:
             reason = self._differs(node, twin, values)
             if reason is None:
                 self.serial[key] += 1

@@ -1,0 +1,340 @@
+"""Carry out a program on a model, for one rank: the only place that changes a model. On trial it is given a skeleton."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..axes.term import Atom, Dim, size_of
+from ..errors import RewriteError
+from ..plan.candidates import atoms_of
+from ..runtime.attention import AttentionOptions, ShardedMultiheadAttention, disable_fast_paths
+from ..runtime.boundary import PortSteps, add_hooks
+from ..runtime.conv import ConvOptions, ShardedConv
+from ..runtime.edges import Gather as EdgeGather
+from ..runtime.edges import SharedEnter
+from ..runtime.edges import Take as EdgeTake
+from ..runtime.embedding import EmbeddingOptions, ShardedEmbedding
+from ..runtime.gradients import Part, sync_gradient
+from ..runtime.linear import LinearOptions, ShardedLinear, ShardedTransposedLinear
+from ..trace.attributes import read_attribute
+from ..trace.provenance import AttrPath
+from .bind import Bound, Rank, bind
+from .layout import indices_of, local_size, runs
+from .patch import Applied, Patch, WrapArg, apply_patches
+from .patch import Wrap as WrapEdit
+from .program import Leaf, Program, Wrap
+from .steps import AllReduce, Enter, Gather, Step, Take
+
+AttrKey = tuple[str, AttrPath]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalConstants:
+    """The integers of one rank: attributes that change, and size arguments that are patched in the source."""
+
+    attrs: Mapping[AttrKey, int]
+    patches: Mapping[str, tuple[Patch, ...]]  # by module
+
+
+def apply(
+    model: nn.Module,
+    program: Program,
+    constants: LocalConstants,
+    rank: Rank,
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> list[Applied]:
+    """Edit ``model`` in place into this rank's part of it; the patches that were made, for their diffs.
+
+    Args:
+        place: moves each slice (to its device) as it is cut.
+    """
+    shared = _SharedEnters(program, rank)
+    slice_parameters(model, program.slices, rank, place)
+    for leaf in program.leaves:
+        _swap(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
+    _add_hooks(model, program, rank)
+    for (fqn, path), value in constants.attrs.items():
+        set_attribute(model.get_submodule(fqn), path, value)
+    applied = _patch(model, program, constants, rank, shared)
+    for fqn, dims in program.sync.items():
+        module, name = owner(model, fqn)
+        sync_gradient(module, name, *gradient_sum(fqn, dims, rank))
+    disable_fast_paths(model)
+    return applied
+
+
+def owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+    """The module that has parameter ``fqn``, and the parameter's own name."""
+    module, _, name = fqn.rpartition(".")
+    return model.get_submodule(module), name
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+
+def slice_parameters(
+    model: nn.Module,
+    slices: Mapping[str, tuple[Dim, ...]],
+    rank: Rank,
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
+    """Replace each parameter by this rank's slice of it; tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places[id(parameter)].append((module, name))
+    for fqn, dims in slices.items():
+        module, name = owner(model, fqn)
+        whole = module._parameters[name]
+        if whole is None:
+            raise RewriteError(f"{fqn} is no plain parameter")
+        local = place(local_slice(whole.detach(), dims, rank))
+        made[id(whole)] = nn.Parameter(local, requires_grad=whole.requires_grad)
+        made[id(whole)].__dict__.update(whole.__dict__)
+        for other, own_name in places[id(whole)]:
+            other._parameters[own_name] = made[id(whole)]
+
+
+def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
+    """This rank's slice, in memory of its own."""
+    out = tensor
+    for d, dim in enumerate(dims):
+        own = runs(dim, rank.partition, rank.rank)
+        if len(own) == 1 and own[0] == (0, tensor.shape[d]):
+            continue
+        parts = [out.narrow(d, start, length) for start, length in own]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, d)
+    return out.clone(memory_format=torch.contiguous_format)
+
+
+def _sharded_atoms(dims: Sequence[Dim], rank: Rank) -> list[Atom]:
+    return [a for a in atoms_of(dims) if a.id in rank.partition.ranges]
+
+
+def gradient_sum(fqn: str, dims: Sequence[Dim], rank: Rank) -> tuple[str, Part | None]:
+    """(group, part): over which ranks the gradient of a parameter with these dims is summed, and which runs of it.
+
+    Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own
+    first rows, all ranks sum the rows that they have in common.
+    """
+    held = [d for d, dim in enumerate(dims) if _sharded_atoms([dim], rank)]
+    if not held:
+        return rank.prefix, None
+    mine = [[indices_of(runs(dims[d], rank.partition, r)) for r in range(rank.tp)] for d in held]
+    common = [functools.reduce(np.intersect1d, by_rank) for by_rank in mine]
+    if any(len(c) == 0 for c in common):
+        return rank.group(_sharded_atoms(dims, rank)), None
+    if len(held) != 1:
+        raise RewriteError(f"{fqn}: partly common along several dims, whose gradient autotp cannot sum")
+    local = np.flatnonzero(np.isin(mine[0][rank.rank], common[0]))
+    breaks = np.flatnonzero(np.diff(local) != 1) + 1
+    pieces = np.split(local, breaks)
+    return rank.prefix, (held[0], tuple(int(p[0]) for p in pieces), tuple(len(p) for p in pieces))
+
+
+# ---- leaves --------------------------------------------------------------------------------------
+
+
+class _SharedEnters:
+    """One `SharedEnter` for all takers of one share number."""
+
+    def __init__(self, program: Program, rank: Rank) -> None:
+        self.consumers: dict[int, int] = defaultdict(int)
+        for taker in (*program.leaves, *program.wraps):
+            if taker.share is not None:
+                self.consumers[taker.share] += 1
+        self.rank = rank
+        self.made: dict[int, SharedEnter] = {}
+
+    def enter(self, step: Enter, share: int | None) -> str | SharedEnter:
+        group = self.rank.group(step.common)
+        if share is None:
+            return group
+        if share not in self.made:
+            self.made[share] = SharedEnter(group, self.consumers[share])
+        return self.made[share]
+
+
+def _edge_gather(step: Gather, rank: Rank) -> EdgeGather:
+    sizes, starts, lengths = rank.gather(step.axes)
+    return EdgeGather(rank.prefix, tuple(sizes), tuple(starts), tuple(lengths))
+
+
+def _swap(module: nn.Module, leaf: Leaf, program: Program, rank: Rank, shared: _SharedEnters) -> None:
+    enter = next((shared.enter(s, leaf.share) for s in leaf.before if isinstance(s, Enter)), None)
+    take = next((s for s in leaf.before if isinstance(s, Take)), None)
+    reduce = next((rank.group(s.common) for s in leaf.after if isinstance(s, AllReduce)), None)
+    gather = next((s for s in leaf.after if isinstance(s, Gather)), None)
+    known = (Enter, Take) if leaf.kind in ("linear", "conv1d") else (Enter,)
+    if any(not isinstance(s, known) for s in leaf.before) or any(
+        not isinstance(s, (AllReduce, Gather)) for s in leaf.after
+    ):
+        raise RewriteError(f"{leaf.fqn}: cannot do {leaf.before} before and {leaf.after} after a {leaf.kind} module")
+    own = {fqn[len(leaf.fqn) + 1 :]: dims for fqn, dims in program.slices.items() if owner_of(fqn, leaf.fqn)}
+    keep = rank.rank == 0
+    if leaf.kind in ("linear", "conv1d"):
+        options = LinearOptions(
+            enter=enter,
+            take=EdgeTake(*map(tuple, rank.take(take.axes))) if take is not None else None,
+            reduce=reduce,
+            bias=leaf.bias,
+            keep=keep,
+            gather=_edge_gather(gather, rank) if gather is not None else None,
+        )
+        if leaf.kind == "linear":
+            assert isinstance(module, nn.Linear)
+            ShardedLinear.swap(module, options)
+        else:
+            ShardedTransposedLinear.swap(module, options)
+    elif leaf.kind == "embedding":
+        _swap_embedding(module, leaf, own, reduce, gather, rank)
+    elif leaf.kind == "attention":
+        _swap_attention(module, leaf, own, enter, reduce is not None, rank)
+    else:
+        _swap_conv(module, leaf, own, enter, reduce, gather, rank)
+
+
+def owner_of(fqn: str, module: str) -> bool:
+    return fqn.startswith(module + ".") if module else True
+
+
+def _swap_embedding(
+    module: nn.Module, leaf: Leaf, own: Mapping[str, Sequence[Dim]], reduce: str | None, gather: Gather | None, rank: Rank
+) -> None:
+    assert isinstance(module, nn.Embedding)
+    dims = own.get("weight")
+    rows = None
+    if dims is not None and _sharded_atoms(dims[:1], rank):
+        rows = tuple(runs(dims[0], rank.partition, rank.rank))
+    vocab = size_of(dims[0]) if dims is not None else module.num_embeddings
+    options = EmbeddingOptions(rows, vocab, reduce, _edge_gather(gather, rank) if gather is not None else None)
+    ShardedEmbedding.swap(module, options)
+
+
+def _swap_attention(
+    module: nn.Module,
+    leaf: Leaf,
+    own: Mapping[str, Sequence[Dim]],
+    enter: str | SharedEnter | None,
+    reduce: bool,
+    rank: Rank,
+) -> None:
+    assert isinstance(module, nn.MultiheadAttention)
+    name, parts = ("in_proj_weight", 3) if module._parameters["in_proj_weight"] is not None else ("q_proj_weight", 1)
+    dims = own.get(name)
+    if dims is None or "out_proj.weight" not in own:
+        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by its heads only")
+    rows = [local_size(dims[0], rank.partition, r) for r in range(rank.tp)]
+    if any(n % (parts * module.head_dim) for n in rows):
+        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by whole heads only")
+    heads = tuple(n // (parts * module.head_dim) for n in rows)
+    options = AttentionOptions(rank.prefix, heads, rank.rank, enter, reduce, rank.rank == 0)
+    ShardedMultiheadAttention.swap(module, options)
+
+
+def _swap_conv(
+    module: nn.Module,
+    leaf: Leaf,
+    own: Mapping[str, Sequence[Dim]],
+    enter: str | SharedEnter | None,
+    reduce: str | None,
+    gather: Gather | None,
+    rank: Rank,
+) -> None:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    per_group = module.out_channels // module.groups
+    options = ConvOptions(
+        groups=1 if module.groups == 1 else module.weight.shape[0] // per_group,
+        enter=enter,
+        reduce=reduce,
+        bias=leaf.bias,
+        keep=rank.rank == 0,
+        gather=_edge_gather(gather, rank) if gather is not None else None,
+    )
+    ShardedConv.swap(module, options)
+
+
+# ---- hooks, attributes, patches ------------------------------------------------------------------
+
+
+def _add_hooks(model: nn.Module, program: Program, rank: Rank) -> None:
+    by_module: dict[str, dict[str, list[PortSteps]]] = defaultdict(lambda: {"in": [], "out": []})
+    bound: dict[tuple[Step, ...], tuple[Bound, ...]] = {}
+    for boundary, steps in program.hooks.items():
+        if steps not in bound:
+            bound[steps] = tuple(bind(step, rank) for step in steps)
+        by_module[boundary.fqn][boundary.side].append(PortSteps(boundary.path, bound[steps]))
+    for fqn, sides in by_module.items():
+        add_hooks(model.get_submodule(fqn), sides["in"], sides["out"])
+
+
+def set_attribute(module: nn.Module, path: AttrPath, value: int) -> None:
+    """Set an integer attribute; what holds it on the way (a config, a tuple) is replaced by a private copy."""
+    setattr(module, str(path[0]), _with(getattr(module, str(path[0])), path[1:], value))
+
+
+def _with(holder: Any, path: AttrPath, value: int) -> Any:
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    if isinstance(holder, (list, tuple)):
+        items = [_with(v, rest, value) if i == key else v for i, v in enumerate(holder)]
+        return type(holder)(*items) if hasattr(holder, "_fields") else type(holder)(items)
+    if isinstance(holder, dict):
+        return {**holder, key: _with(holder[key], rest, value)}
+    private = copy.copy(holder)
+    setattr(private, str(key), _with(getattr(holder, str(key)), rest, value))
+    return private
+
+
+def attribute_of(model: nn.Module) -> Callable[[str, AttrPath], int]:
+    """How the equation solver reads an attribute."""
+    return lambda fqn, path: int(read_attribute(model.get_submodule(fqn), path))
+
+
+def _patch(
+    model: nn.Module, program: Program, constants: LocalConstants, rank: Rank, shared: _SharedEnters
+) -> list[Applied]:
+    patches: dict[str, list[Patch]] = defaultdict(list)
+    for fqn, sizes in constants.patches.items():
+        patches[fqn] += sizes
+    for wrap in program.wraps:
+        fn = _chain(wrap, rank, shared)
+        edit = WrapEdit(fn) if wrap.operand is None else WrapArg(wrap.operand, fn)
+        patches[wrap.module].append(Patch(wrap.frames, (edit,)))
+    return [apply_patches(model.get_submodule(fqn), found) for fqn, found in patches.items()]
+
+
+def _chain(wrap: Wrap, rank: Rank, shared: _SharedEnters) -> Bound:
+    steps: list[Bound] = []
+    for step in wrap.steps:
+        how = shared.enter(step, wrap.share) if isinstance(step, Enter) else None
+        steps.append(how if isinstance(how, SharedEnter) else bind(step, rank))
+    return steps[0] if len(steps) == 1 else Chain(tuple(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Several steps as one callable."""
+
+    steps: tuple[Bound, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def describe_attributes(attrs: Mapping[AttrKey, int]) -> Sequence[str]:
+    return [f"{fqn}.{'.'.join(map(str, path))} = {value}" for (fqn, path), value in attrs.items()]

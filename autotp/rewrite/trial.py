@@ -1,0 +1,164 @@
+"""Try a choice of axes on skeletons: solve the local constants of each kind of rank, rewrite, trace again, verify."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from ..axes.analysis import Analysis
+from ..errors import AutoTPError, RewriteError, VerifyError
+from ..plan.planner import Choice
+from ..runtime.group import pretend_group
+from ..trace.graph import Trace
+from ..trace.provenance import Const, expression
+from .anchors import Anchors
+from .apply import AttrKey, LocalConstants, apply, attribute_of
+from .bind import Rank
+from .constants import Equation, solve
+from .layout import Partition
+from .patch import Patch, SizeAt
+from .program import Program, compile_program
+from .steps import AllReduce, Enter
+from .verify import Verifier
+from .wanted import Wanted, wanted_ints
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """A verified rewriting: its program, each rank's constants, and the patches as a diff of the user's source."""
+
+    program: Program
+    partition: Partition
+    constants: tuple[LocalConstants, ...]
+    diff: str
+
+
+def local_constants(
+    model: nn.Module, analysis: Analysis, program: Program, anchors: Anchors, rank: Rank, frozen: frozenset[AttrKey]
+) -> LocalConstants:
+    """The attributes and size arguments of one rank.
+
+    Raises:
+        RewriteError: a size that has to be local is hidden where no patch reaches it.
+    """
+    swapped = {leaf.fqn for leaf in program.leaves}
+    skip = frozenset(node for node in analysis.ops if anchors.leaf_of(node) in swapped)
+    wanted, lost = wanted_ints(analysis, rank, skip)
+    if lost:
+        first = lost[0]
+        raise RewriteError(
+            f"{analysis.trace.where(first.node)}: {first.node.target} needs size {first.local} in place of {first.value} "
+            f"on rank {rank.rank}, which no argument in the code says"
+        )
+    whole = attribute_of(model)
+
+    def dim(node: fx.Node, d: int) -> int:
+        dims = analysis.dims.get(node)
+        value = node.meta["val"]
+        return rank.size(dims[0][d]) if dims else int(value.shape[d])
+
+    equations = [
+        Equation(expression(want.call.ints[want.index][1]), want.local, want.call.site, want) for want in wanted
+    ]
+    solution = solve([e for e in equations if not isinstance(e.expr, Const)], whole, dim, frozen)
+    unsolved: list[Wanted] = [e.tag for e in solution.unsolved if isinstance(e.tag, Wanted)]
+    unsolved += [e.tag for e in equations if isinstance(e.expr, Const) and isinstance(e.tag, Wanted) and e.expr.value != e.want]
+    patches: dict[str, list[Patch]] = defaultdict(list)
+    for want in unsolved:
+        if not want.call.frames:
+            raise RewriteError(
+                f"{want.call.module}: {want.call.func} needs size {want.local} in place of {want.value} on rank {rank.rank}, "
+                "but no expression of the source passes it"
+            )
+        patches[want.call.module].append(Patch(want.call.frames, (SizeAt.of(want.call, want.index, want.local),)))
+    return LocalConstants(dict(solution.attrs), {fqn: tuple(dict.fromkeys(found)) for fqn, found in patches.items()})
+
+
+def rewrite_and_verify(
+    make_skeleton: Callable[[], nn.Module],
+    retrace: Callable[[nn.Module], Trace],
+    analysis: Analysis,
+    choice: Choice,
+    anchors: Anchors,
+    tp: int,
+    prefix: str,
+) -> Rewriting:
+    """Compile the choice to edits and prove them on skeletons, one for each kind of rank.
+
+    Raises:
+        RewriteError: the code cannot be edited so; VerifyError: it can, but does not compute what was planned.
+    """
+    program = compile_program(analysis, choice, anchors)
+    partition = Partition({atom.id: ranges for atom, ranges in choice.ranges.items()})
+    verifier = Verifier(analysis, choice, program, anchors)
+    constants: list[LocalConstants] = []
+    proven: dict[object, LocalConstants] = {}
+    diff = ""
+    for r in range(tp):
+        rank = Rank(r, tp, partition, prefix)
+        kind = tuple(stop - start for ranges in partition.ranges.values() for start, stop in [ranges[r]])
+        if kind not in proven:
+            proven[kind], patches = _prove(make_skeleton, retrace, analysis, program, anchors, verifier, rank)
+            diff = diff or patches
+        constants.append(proven[kind])
+    return Rewriting(program, partition, tuple(constants), diff)
+
+
+def _prove(
+    make_skeleton: Callable[[], nn.Module],
+    retrace: Callable[[nn.Module], Trace],
+    analysis: Analysis,
+    program: Program,
+    anchors: Anchors,
+    verifier: Verifier,
+    rank: Rank,
+) -> tuple[LocalConstants, str]:
+    """Solve, rewrite, trace and verify; once more without changed attributes in the module where it failed."""
+    frozen: frozenset[AttrKey] = frozenset()
+    first: AutoTPError | None = None
+    for _ in range(3):
+        try:
+            model = make_skeleton()
+            constants = local_constants(model, analysis, program, anchors, rank, frozen)
+            with pretend_groups(program, rank):
+                applied = apply(model, program, constants, rank)
+                local = retrace(model)
+                verifier.verify(local, rank)
+            return constants, "".join(a.diff() for a in applied)
+        except AutoTPError as error:
+            first = first or error
+            if not constants.attrs or not isinstance(error, (VerifyError, AutoTPError)):
+                raise
+            frozen |= frozenset(constants.attrs)
+    assert first is not None
+    raise first
+
+
+def pretend_groups(program: Program, rank: Rank) -> contextlib.ExitStack:
+    """The groups that this rank's program names, without communication."""
+    stack = contextlib.ExitStack()
+    for name, parts in groups_of(program, rank).items():
+        part = next(p for p in parts if rank.rank in p)
+        stack.enter_context(pretend_group(name, part.index(rank.rank), len(part)))
+    return stack
+
+
+def groups_of(program: Program, rank: Rank) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+    """Every group of the program: name → the ranks of each of its parts."""
+    everyone: tuple[tuple[int, ...], ...] = (tuple(range(rank.tp)),)
+    found = {rank.prefix: everyone}
+    steps = [s for leaf in program.leaves for s in (*leaf.before, *leaf.after)]
+    steps += [s for hook in program.hooks.values() for s in hook]
+    steps += [s for wrap in program.wraps for s in wrap.steps]
+    commons = [s.common for s in steps if isinstance(s, (AllReduce, Enter))]
+    for dims in program.sync.values():
+        from .apply import _sharded_atoms
+
+        commons.append(frozenset(_sharded_atoms(dims, rank)))
+    for common in commons:
+        found[rank.group(common)] = rank.parts(common)
+    return found
