@@ -28,7 +28,7 @@ from ..runtime.linear import LinearOptions, ShardedLinear, ShardedTransposedLine
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
 from .bind import Bound, Rank, bind
-from .layout import indices_of, local_size, runs
+from ..axes.layout import indices_of, local_size, runs
 from .patch import Applied, Patch, WrapArg, apply_patches
 from .patch import Wrap as WrapEdit
 from .program import Leaf, Program, Wrap

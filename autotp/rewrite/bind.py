@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .layout import Partition, local_size, runs
+from ..axes.layout import Partition, local_size, runs
 from ..axes.term import Atom, Dim
 from ..runtime import ops
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take

@@ -19,7 +19,7 @@ from .anchors import Anchors
 from .apply import AttrKey, LocalConstants, apply, attribute_of
 from .bind import Rank
 from .constants import Equation, solve
-from .layout import Partition
+from ..axes.layout import Partition
 from .patch import Patch, SizeAt
 from .program import Program, compile_program
 from .steps import AllReduce, Enter

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotp.axes.term import Atom, Cat, Dim, concat, product, size_of
-from autotp.rewrite.layout import (
+from autotp.axes.layout import (
     Partition,
     indices_of,
     local_shape,
