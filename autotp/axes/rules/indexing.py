@@ -5,12 +5,13 @@ The indexed dims are blocked, and only those; the dims of the index tensors pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import fx
 
 from autotp.axes.rules.dims import in_place
-from autotp.axes.rules.registry import OpContext, block_everything, is_tensor_node, rule
+from autotp.axes.rules.registry import LocalSize, OpContext, block_everything, is_tensor_node, rule
 from autotp.axes.rules.slicing import constant_range
 from autotp.axes.term import Dim
 
@@ -20,34 +21,41 @@ def _is_mask(op: OpContext, i: int) -> bool:
     return val.dtype in (torch.bool, torch.uint8)
 
 
+def _constant_range(
+    op: OpContext, node: fx.Node, i: int, d: int
+) -> tuple[Dim, Callable[[LocalSize], fx.Node | torch.Tensor]] | None:
+    """A known index list that is a contiguous range: its dim, and on a rank the list (a tensor, where it is another one)."""
+    value = op.constant(node)
+    found = None if value is None else constant_range(op, value, i, d)
+    if value is None or found is None:
+        return None
+    piece, local = found
+    given = [int(v) for v in value.tolist()]
+    return piece, lambda n: node if local(n) == given else torch.tensor(local(n), dtype=torch.long)
+
+
 @rule("aten.index.Tensor", "aten._unsafe_index.Tensor")
 def index(op: OpContext) -> None:
     """``x[:, i, :, j]``: adjacent index tensors put their dims where they stand, separated ones put them first."""
     i = op.tensor("self")
     listed = list(op.args["indices"])
     at = [d for d, value in enumerate(listed) if is_tensor_node(value)]
-    indices = {d: op.tensor("indices", d) for d in at}
-    if any(_is_mask(op, k) for k in indices.values()):
-        block_everything(op)  # how many elements a mask selects depends on the data
-        return
     op.linear("mul", [i])
     if len(at) == 1:
-        value = op.constant(listed[at[0]])
-        found = None if value is None else constant_range(op, value, i, at[0])
-        if value is not None and found is not None:
+        (d,) = at
+        found = _constant_range(op, listed[d], i, d)
+        if found is not None:
             piece, local = found
-            given = [int(v) for v in value.tolist()]
-            entries = [*listed]
-
-            def localized(n: object) -> list[object]:
-                here = local(n)  # type: ignore[arg-type]
-                return [*entries[: at[0]], entries[at[0]] if here == given else here, *entries[at[0] + 1 :]]
-
-            op.local("indices", localized)
+            op.local("indices", lambda n: [*listed[:d], local(n), *listed[d + 1 :]])
             dims = op.dims(i)
-            dims[at[0]] = piece
+            dims[d] = piece
             op.out(dims)
             return
+    indices = {d: op.tensor("indices", d) for d in at}
+    if any(_is_mask(op, k) for k in indices.values()):
+        op.linear("none")
+        block_everything(op)  # how many elements a mask selects depends on the data
+        return
     for d in at:
         op.block(i, d)
     placed = op.broadcast(list(indices.values()))
@@ -61,22 +69,21 @@ def index(op: OpContext) -> None:
 @rule("aten.index_select")
 def index_select(op: OpContext) -> None:
     """``index_select(x, dim, list)``."""
-    i, index = op.tensor("self"), op.tensor("index")
+    i = op.tensor("self")
+    op.linear("mul", [i])
     if op.rank(i) == 0:
         op.out([])
         return
     d = op.args["dim"] % op.rank(i)
     dims = op.dims(i)
-    value = op.constant(op.args["index"])
-    found = None if value is None else constant_range(op, value, i, d)
-    if value is not None and found is not None:
+    found = _constant_range(op, op.args["index"], i, d)
+    if found is not None:
         dims[d], local = found
-        given, node = [int(v) for v in value.tolist()], op.args["index"]
-        op.local("index", lambda n: node if local(n) == given else local(n))
+        op.local("index", local)
     else:
+        index = op.tensor("index")
         op.block(i, d)
         dims[d] = op.dims(index)[0] if op.rank(index) else ()
-    op.linear("mul", [i])
     op.out(dims)
 
 

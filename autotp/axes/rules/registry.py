@@ -326,10 +326,20 @@ class OpContext:
         return tuple(Operand(n, p, tuple(d), o) for n, p, d, o in rows)
 
     def localizer(self) -> Localize | None:
-        """The function for `OpInfo.localize`."""
-        if self._localize is not None or not self._local:
-            return self._localize
+        """The function for `OpInfo.localize`. A result's dim that is whole as computed has its global size there."""
+        localize = self._localize or (self._localize_named() if self._local else None)
+        if localize is None:
+            return None
+        whole = frozenset(self._whole_dims)
+
+        def with_whole(size: LocalSize) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return localize(lambda dim: self.solver.size(dim) if any(f in whole for f in dim) else size(dim))
+
+        return with_whole
+
+    def _localize_named(self) -> Localize:
         changes = {self.paths[name]: value for name, value in self._local.items()}
+        names = [n for n, p in self.paths.items() if p[0] == "args"]
         node = self.node
 
         def localize(size: LocalSize) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -344,7 +354,6 @@ class OpContext:
                     kwargs[names[int(key)]] = value(size)
             return tuple(args), kwargs
 
-        names = [n for n, p in self.paths.items() if p[0] == "args"]
         return localize
 
 

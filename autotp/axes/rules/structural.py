@@ -115,7 +115,7 @@ def pad(op: OpContext) -> None:
         else:
             op.block(i, d)
             dims[d] = op.whole(shape[d])
-    if constant and not op.args.get("value"):
+    if not constant or not op.args.get("value"):
         op.linear("add", [i])
     op.out(dims)
 

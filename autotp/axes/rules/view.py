@@ -167,14 +167,17 @@ def movedim(op: OpContext) -> None:
 
 @rule("aten.squeeze", "aten.squeeze_", "aten.squeeze.dim", "aten.squeeze.dims")
 def squeeze(op: OpContext) -> None:
-    """Dims of size 1 go; a listed dim of another size stays."""
+    """Dims of size 1 go. A listed dim of another size stays, and is blocked: a local size of 1 would make it go."""
     i = op.tensor("self")
     asked = op.args.get("dim")
     rank = max(op.rank(i), 1)
     listed = range(rank) if asked is None else [asked] if isinstance(asked, int) else asked
     gone = {d % rank for d in listed}
+    dims = [op.whole(n) if d in gone else dim for d, (dim, n) in enumerate(zip(op.dims(i), op.shape(i), strict=True))]
     op.linear("add", [i])
-    op.out([dim for d, (dim, n) in enumerate(zip(op.dims(i), op.shape(i), strict=True)) if not (d in gone and n == 1)])
+    op.out([dim for d, dim in enumerate(dims) if not (d in gone and op.shape(i)[d] == 1)])
+    for d in gone & set(range(op.rank(i))):
+        op.block(i, d)
 
 
 @rule("aten.unsqueeze", "aten.unsqueeze_")
