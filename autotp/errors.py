@@ -19,7 +19,11 @@ class PlanError(AutoTPError):
 
 
 class RewriteError(AutoTPError):
-    """The planned sharding cannot be expressed in the model's code."""
+    """The planned sharding cannot be expressed in the model's code; ``module`` (its fqn) is where, if that is known."""
+
+    def __init__(self, text: str, module: str | None = None) -> None:
+        super().__init__(text)
+        self.module = module
 
 
 class VerifyError(RewriteError):

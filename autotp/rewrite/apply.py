@@ -118,7 +118,7 @@ def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def _sharded_atoms(dims: Sequence[Dim], rank: Rank) -> list[Atom]:
+def sharded_atoms(dims: Sequence[Dim], rank: Rank) -> list[Atom]:
     return [a for a in atoms_of(dims) if a.id in rank.partition.ranges]
 
 
@@ -128,13 +128,13 @@ def gradient_sum(fqn: str, dims: Sequence[Dim], rank: Rank) -> tuple[str, Part |
     Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own
     first rows, all ranks sum the rows that they have in common.
     """
-    held = [d for d, dim in enumerate(dims) if _sharded_atoms([dim], rank)]
+    held = [d for d, dim in enumerate(dims) if sharded_atoms([dim], rank)]
     if not held:
         return rank.prefix, None
     mine = [[indices_of(runs(dims[d], rank.partition, r)) for r in range(rank.tp)] for d in held]
     common = [functools.reduce(np.intersect1d, by_rank) for by_rank in mine]
     if any(len(c) == 0 for c in common):
-        return rank.group(_sharded_atoms(dims, rank)), None
+        return rank.group(sharded_atoms(dims, rank)), None
     if len(held) != 1:
         raise RewriteError(f"{fqn}: partly common along several dims, whose gradient autotp cannot sum")
     local = np.flatnonzero(np.isin(mine[0][rank.rank], common[0]))
@@ -215,7 +215,7 @@ def _swap_embedding(
     assert isinstance(module, nn.Embedding)
     dims = own.get("weight")
     rows = None
-    if dims is not None and _sharded_atoms(dims[:1], rank):
+    if dims is not None and sharded_atoms(dims[:1], rank):
         rows = tuple(runs(dims[0], rank.partition, rank.rank))
     vocab = size_of(dims[0]) if dims is not None else module.num_embeddings
     options = EmbeddingOptions(rows, vocab, reduce, _edge_gather(gather, rank) if gather is not None else None)
@@ -313,7 +313,13 @@ def _patch(
         fn = _chain(wrap, rank, shared)
         edit = WrapEdit(fn) if wrap.operand is None else WrapArg(wrap.operand, fn)
         patches[wrap.module].append(Patch(wrap.frames, (edit,)))
-    return [apply_patches(model.get_submodule(fqn), found) for fqn, found in patches.items()]
+    applied = []
+    for fqn, found in patches.items():
+        try:
+            applied.append(apply_patches(model.get_submodule(fqn), found))
+        except RewriteError as error:
+            raise RewriteError(f"{fqn or 'the root module'}: {error}", fqn) from error
+    return applied
 
 
 def _chain(wrap: Wrap, rank: Rank, shared: _SharedEnters) -> Bound:

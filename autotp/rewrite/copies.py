@@ -292,10 +292,10 @@ def _inner_functions(function: FunctionType) -> Iterator[tuple[str, FunctionType
 
 
 def leading_to(function: Any, code: CodeType, depth: int = 8) -> FunctionType | None:
-    """The function with this code, which `function` is or wraps."""
+    """The function with this code, which `function` is or wraps. (Equal code has equal columns.)"""
     if not isinstance(function, FunctionType) or depth == 0:
         return None
-    if any(c is code for c in nested(function.__code__)):
+    if any(c == code for c in nested(function.__code__)):
         return function
     for _, inner in _inner_functions(function):
         if (found := leading_to(inner, code, depth - 1)) is not None:
@@ -398,7 +398,7 @@ def _property(caller: Copy, node: ast.Attribute, site: Site, code: CodeType) -> 
 
 def _unknown_callee(caller: Copy, node: ast.Call, site: Site, code: CodeType) -> Copy:
     """The callee is a local variable, or a method of one: take the function whose code ran."""
-    function = function_of(code)
+    function = function_of(code, caller.function)
     style: Style = "function"
     cls = _class_of(function)
     raw = inspect.getattr_static(cls, function.__name__, None) if cls is not None else None
@@ -437,21 +437,28 @@ def _class_of(function: FunctionType) -> type | None:
     return value if isinstance(value, type) and scopes else None
 
 
+def function_of(code: CodeType, caller: FunctionType) -> FunctionType:
+    """The one function with this code: by name where the caller stands, in its own module, or else among all
+    functions alive."""
+    here = leading_to(caller.__globals__.get(code.co_name), code)
+    return here if here is not None and here.__code__ == code else _function_of(code, code.co_filename)
+
+
 @functools.lru_cache(maxsize=256)
-def function_of(code: CodeType) -> FunctionType:
-    """The one function with this code: by its qualified name, or else among all functions alive."""
+def _function_of(code: CodeType, filename: str) -> FunctionType:  # code objects are equal across files
     if "<locals>" not in code.co_qualname:
         for module in list(sys.modules.values()):
-            if getattr(module, "__file__", None) != code.co_filename:
+            if getattr(module, "__file__", None) != filename:
                 continue
             value: Any = module
             for name in code.co_qualname.split("."):
                 value = inspect.getattr_static(value, name, None)
             if isinstance(value, staticmethod | classmethod):
                 value = value.__func__
-            if (found := leading_to(value, code)) is not None and found.__code__ is code:
+            found = leading_to(value, code)
+            if found is not None and found.__code__ == code:
                 return found
-    alive = [f for f in gc.get_referrers(code) if isinstance(f, FunctionType) and f.__code__ is code]
+    alive = [f for f in gc.get_referrers(code) if isinstance(f, FunctionType)]
     if len(alive) != 1:
         raise RewriteError(
             f"cannot patch {code.co_qualname} of {code.co_filename!r}: {len(alive)} functions have its code, "

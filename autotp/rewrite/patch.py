@@ -128,7 +128,7 @@ def _add(module: nn.Module, patch: Patch, roots: dict[str, Copy], plain: set[str
     for caller, site in zip(reversed(patch.frames), reversed(patch.frames[:-1]), strict=False):
         # A comprehension or lambda is part of the function it is written in, whoever calls it.
         home = next((i for i in range(len(way) - 1, -1, -1) if site.code in way[i].codes), None)
-        if home is not None and not (home == len(way) - 1 and site.code is way[home].function.__code__):
+        if home is not None and not (home == len(way) - 1 and site.code == way[home].function.__code__):
             del way[home + 1 :]
         else:
             way.append(callee_at(way[-1], caller, site.code))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import fx
@@ -60,6 +60,30 @@ class Program:
     hooks: Mapping[Boundary, tuple[Step, ...]]
     wraps: tuple[Wrap, ...]
     sync: Mapping[str, tuple[Dim, ...]]
+
+
+    def unfolded(self, originals: Callable[[str], Sequence[str]]) -> Program:
+        """The same edits for every module that a folded skeleton's module stands for."""
+        most = max((s for s in (t.share for t in (*self.leaves, *self.wraps)) if s is not None), default=0) + 1
+
+        def share(number: int | None, copy: int) -> int | None:
+            return None if number is None else number + copy * most
+
+        return Program(
+            {name: dims for fqn, dims in self.slices.items() for name in originals(fqn)},
+            tuple(
+                replace(leaf, fqn=name, share=share(leaf.share, i))
+                for leaf in self.leaves
+                for i, name in enumerate(originals(leaf.fqn))
+            ),
+            {replace(b, fqn=name): steps for b, steps in self.hooks.items() for name in originals(b.fqn)},
+            tuple(
+                replace(wrap, module=name, share=share(wrap.share, i))
+                for wrap in self.wraps
+                for i, name in enumerate(originals(wrap.module))
+            ),
+            {name: dims for fqn, dims in self.sync.items() for name in originals(fqn)},
+        )
 
 
 @dataclass(slots=True)
@@ -223,11 +247,10 @@ class _Compiler:
             others = [e.consumer for e in self.uses[node] if e not in edges]
         boundaries = self.anchors.boundaries_before(node, users, others)
         if boundaries:
-            for b in boundaries:
-                target = self.draft.leaf_before[b.fqn] if b.fqn in self.anchors.leaves else self.draft.hooks[b]
-                target.setdefault(self._call_index(b.fqn, users[0]), [])
-                if b.fqn not in self.anchors.leaves or not target[self._call_index(b.fqn, users[0])]:
-                    target[self._call_index(b.fqn, users[0])].extend(steps)
+            leaf = boundaries[0].fqn if boundaries[0].fqn in self.anchors.leaves else None
+            targets = [self.draft.leaf_before[leaf]] if leaf is not None else [self.draft.hooks[b] for b in boundaries]
+            for target in targets:  # a leaf takes its steps once, however many of its arguments the value is
+                target.setdefault(self._call_index(boundaries[0].fqn, users[0]), []).extend(steps)
             return
         share = None
         if len(edges) > 1 and any(isinstance(step, Enter) for step in steps):
@@ -260,7 +283,8 @@ class _Compiler:
         if call is None or leaf is not None:
             raise RewriteError(
                 f"{node.name} in {self.trace.where(node)}: no expression of the source to communicate at"
-                + (f" (it is inside the leaf module {leaf!r})" if leaf is not None else "")
+                + (f" (it is inside the leaf module {leaf!r})" if leaf is not None else ""),
+                node.meta.get("module", ""),
             )
         key = (call.module, call.frames, operand)
         self.draft.wraps[key].setdefault(call.index, []).extend(steps)
@@ -277,7 +301,9 @@ class _Compiler:
         def agree(what: str, by_call: dict[int, list[Step]], fqn: str) -> tuple[Step, ...]:
             variants = {tuple(by_call.get(index, ())) for index in calls[fqn] or {0}}
             if len(variants) > 1:
-                raise RewriteError(f"{what} is used in several ways, which one set of edits cannot serve: {variants}")
+                raise RewriteError(
+                    f"{what} is used in several ways, which one set of edits cannot serve: {variants}", fqn
+                )
             return next(iter(variants))
 
         leaf_names = {

@@ -281,17 +281,40 @@ def _argument(
         return named[0].value, rest
     if kind == "args" and isinstance(node, ast.Subscript):
         return {0: node.value, 1: node.slice}[int(path[1])], rest
-    if kind == "args" and isinstance(node, ast.BinOp):
-        return {0: node.left, 1: node.right}[int(path[1])], rest
+    if kind == "args" and (operands := _operands(node, resolve)):
+        return operands[int(path[1])], rest
     if kind == "args" and isinstance(node, ast.AugAssign) and path[1] == 1:
         return node.value, rest
-    if kind == "args" and isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return {0: node.left, 1: node.comparators[0]}[int(path[1])], rest
     if kind == "args" and isinstance(node, ast.UnaryOp) and path[1] == 0:
         return node.operand, rest
     if kind == "args" and isinstance(node, ast.Attribute) and path[1] == 0:
         return node.value, rest
     raise problem
+
+
+def _operands(node: ast.AST, resolve: Callable[[ast.expr], Any]) -> tuple[ast.expr, ...]:
+    """The operands of a binary operator as torch sees them: in `2 * x` the tensor is the first."""
+    if isinstance(node, ast.BinOp):
+        left, right = node.left, node.right
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        left, right = node.left, node.comparators[0]
+    else:
+        return ()
+    return (right, left) if _is_number(left, resolve) else (left, right)
+
+
+def _is_number(node: ast.expr, resolve: Callable[[ast.expr], Any]) -> bool:
+    """Whether an operand is seen to be a number; one that shows only at run time is not."""
+    if isinstance(node, ast.UnaryOp):
+        return _is_number(node.operand, resolve)
+    if isinstance(node, ast.BinOp):
+        return _is_number(node.left, resolve) and _is_number(node.right, resolve)
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, int | float | complex)
+    try:
+        return isinstance(resolve(node), int | float | complex)
+    except LookupError:
+        return False
 
 
 def _callee(node: ast.Call, resolve: Callable[[ast.expr], Any]) -> tuple[bool, list[str]]:
@@ -332,6 +355,11 @@ def _size(splices: Splices, node: ast.AST, edit: SizeAt, resolve: Callable[[ast.
                 f"cannot patch {where}: what was recorded there is {edit.func!r}, called inside it"
             )
     path = paths[edit.index]
+    operands = _operands(node, resolve)
+    if operands and not any(_is_number(operand, resolve) for operand in operands):
+        for operand in operands:  # which one is the number shows only at run time: `num_buckets * mask`
+            splices.size(*splices.text.span(operand), 0, edit.value)
+        return
     target, rest = _argument(splices, node, path, resolve)
     value = str(edit.value)
     if target is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -16,7 +16,7 @@ from ..runtime.group import pretend_group
 from ..trace.graph import Trace
 from ..trace.provenance import Const, expression
 from .anchors import Anchors
-from .apply import AttrKey, LocalConstants, apply, attribute_of
+from .apply import AttrKey, LocalConstants, apply, attribute_of, sharded_atoms
 from .bind import Rank
 from .constants import Equation, solve
 from ..axes.layout import Partition
@@ -36,6 +36,17 @@ class Rewriting:
     constants: tuple[LocalConstants, ...]
     diff: str
 
+    def unfolded(self, originals: Callable[[str], Sequence[str]]) -> Rewriting:
+        """For the whole model, where this was proven on a folded one."""
+        constants = tuple(
+            LocalConstants(
+                {(name, path): v for (fqn, path), v in c.attrs.items() for name in originals(fqn)},
+                {name: found for fqn, found in c.patches.items() for name in originals(fqn)},
+            )
+            for c in self.constants
+        )
+        return replace(self, program=self.program.unfolded(originals), constants=constants)
+
 
 def local_constants(
     model: nn.Module, analysis: Analysis, program: Program, anchors: Anchors, rank: Rank, frozen: frozenset[AttrKey]
@@ -52,7 +63,8 @@ def local_constants(
         first = lost[0]
         raise RewriteError(
             f"{analysis.trace.where(first.node)}: {first.node.target} needs size {first.local} in place of {first.value} "
-            f"on rank {rank.rank}, which no argument in the code says"
+            f"on rank {rank.rank}, which no argument in the code says",
+            first.node.meta.get("module", ""),
         )
     whole = attribute_of(model)
 
@@ -72,7 +84,8 @@ def local_constants(
         if not want.call.frames:
             raise RewriteError(
                 f"{want.call.module}: {want.call.func} needs size {want.local} in place of {want.value} on rank {rank.rank}, "
-                "but no expression of the source passes it"
+                "but no expression of the source passes it",
+                want.call.module,
             )
         patches[want.call.module].append(Patch(want.call.frames, (SizeAt.of(want.call, want.index, want.local),)))
     return LocalConstants(dict(solution.attrs), {fqn: tuple(dict.fromkeys(found)) for fqn, found in patches.items()})
@@ -86,6 +99,7 @@ def rewrite_and_verify(
     anchors: Anchors,
     tp: int,
     prefix: str,
+    verify: bool = True,
 ) -> Rewriting:
     """Compile the choice to edits and prove them on skeletons, one for each kind of rank.
 
@@ -98,6 +112,8 @@ def rewrite_and_verify(
     constants: list[LocalConstants] = []
     proven: dict[object, LocalConstants] = {}
     diff = ""
+    if not verify:
+        return Rewriting(program, partition, (), "")
     for r in range(tp):
         rank = Rank(r, tp, partition, prefix)
         kind = tuple(stop - start for ranges in partition.ranges.values() for start, stop in [ranges[r]])
@@ -120,22 +136,19 @@ def _prove(
     """Solve, rewrite, trace and verify; once more without changed attributes in the module where it failed."""
     frozen: frozenset[AttrKey] = frozenset()
     first: AutoTPError | None = None
-    for _ in range(3):
+    while True:
+        model = make_skeleton()
+        constants = local_constants(model, analysis, program, anchors, rank, frozen)
         try:
-            model = make_skeleton()
-            constants = local_constants(model, analysis, program, anchors, rank, frozen)
             with pretend_groups(program, rank):
                 applied = apply(model, program, constants, rank)
-                local = retrace(model)
-                verifier.verify(local, rank)
+                verifier.verify(retrace(model), rank)
             return constants, "".join(a.diff() for a in applied)
         except AutoTPError as error:
             first = first or error
-            if not constants.attrs or not isinstance(error, (VerifyError, AutoTPError)):
-                raise
+            if not constants.attrs:
+                raise first if isinstance(first, RewriteError) else VerifyError(str(first)) from error
             frozen |= frozenset(constants.attrs)
-    assert first is not None
-    raise first
 
 
 def pretend_groups(program: Program, rank: Rank) -> contextlib.ExitStack:
@@ -155,10 +168,7 @@ def groups_of(program: Program, rank: Rank) -> Mapping[str, tuple[tuple[int, ...
     steps += [s for hook in program.hooks.values() for s in hook]
     steps += [s for wrap in program.wraps for s in wrap.steps]
     commons = [s.common for s in steps if isinstance(s, (AllReduce, Enter))]
-    for dims in program.sync.values():
-        from .apply import _sharded_atoms
-
-        commons.append(frozenset(_sharded_atoms(dims, rank)))
+    commons += [frozenset(sharded_atoms(dims, rank)) for dims in program.sync.values()]
     for common in commons:
         found[rank.group(common)] = rank.parts(common)
     return found

@@ -321,7 +321,9 @@ class _Comparison:
                 raise VerifyError(f"output {mine.path} went through {_show(value.steps)}, planned was {_show(planned)}")
 
     def _error(self, node: fx.Node, text: str) -> VerifyError:
-        return VerifyError(f"rank {self.rank.rank}: {node.target} in {self.local.where(node)}: {text}")
+        return VerifyError(
+            f"rank {self.rank.rank}: {node.target} in {self.local.where(node)}: {text}", node.meta.get("module", "")
+        )
 
 
 class _PlannedSteps:

@@ -1,0 +1,164 @@
+"""From a model to a proven rewriting: trace, analyse, plan, rewrite on trial, verify. Changes nothing in the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .axes.analysis import Analysis, analyse
+from .axes.term import Atom, show
+from .errors import PlanError, RewriteError
+from .plan.build import build_plan
+from .plan.candidates import Candidate, atoms_of
+from .plan.overrides import Overrides
+from .plan.plan import Plan
+from .plan.planner import Choice, choose
+from .rewrite.anchors import Anchors
+from .rewrite.apply import LocalConstants
+from .rewrite.bind import Rank
+from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
+from .trace.fold import Folds
+from .trace.graph import Trace
+from .trace.capture import trace
+from .trace.scenario import Scenario, scenarios, trace_model
+from .trace.skeleton import skeleton
+
+#: How often the planner may be asked again after leaving out axes whose code could not be rewritten.
+MOST_ATTEMPTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan and the edits that carry it out, in the model's own names."""
+
+    plan: Plan
+    rewriting: Rewriting
+    tp: int
+
+    @property
+    def fingerprint(self) -> str:
+        return self.plan.fingerprint
+
+    def rank(self, rank: int, prefix: str) -> Rank:
+        return Rank(rank, self.tp, self.rewriting.partition, prefix)
+
+    def constants(self, rank: int) -> LocalConstants:
+        return self.rewriting.constants[rank]
+
+    def groups(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        """The groups that the edits name, under the prefix ''."""
+        return groups_of(self.rewriting.program, self.rank(0, ""))
+
+
+def prepare(
+    model: nn.Module,
+    tp: int,
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    given: Any = None,
+    strict: bool = False,
+    verify: bool = True,
+) -> Prepared:
+    """Plan ``model`` over ``tp`` ranks, and prove that it can be rewritten so.
+
+    Raises:
+        AutoTPError: with what, where and what to do.
+    """
+    if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
+        raise PlanError(f"the tensor-parallel degree has to be a whole number of at least 1, not {tp!r}")
+    overrides = Overrides.load(given)
+    wanted = scenarios(model, example_inputs)
+    traces, folds = trace_model(model, wanted[:1])
+    analysis = analyse(traces[0])
+    anchors = Anchors(traces[0])
+    allow, require = overrides.apply(analysis, folds, model, tp)
+    excluded: dict[str, str] = {}
+    for _ in range(MOST_ATTEMPTS):
+        choice = choose(
+            analysis,
+            tp,
+            places=anchors.places(),
+            allow=lambda c: c.key not in excluded and allow(c),
+            require=require,
+        )
+        try:
+            rewriting = _rewrite(analysis, choice, anchors, wanted[0], tp, verify)
+            break
+        except RewriteError as error:
+            culprits = _culprits(analysis, choice, error)
+            if strict or not culprits:
+                raise
+            for candidate in culprits:
+                excluded[candidate.key] = str(error)
+    else:
+        raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
+    notes = [*traces[0].notes, *(f"{key} stays whole: {why}" for key, why in excluded.items())]
+    if strict:
+        _refuse_replicated(analysis, choice, tp)
+    plan = build_plan(
+        model,
+        tp,
+        analysis,
+        choice,
+        folds,
+        fingerprint=_fingerprint(model, analysis, choice, tp),
+        diff=rewriting.diff,
+        notes=notes,
+    )
+    overrides.check(plan)
+    return Prepared(plan, rewriting.unfolded(folds.originals), tp)
+
+
+def _rewrite(
+    analysis: Analysis, choice: Choice, anchors: Anchors, scenario: Scenario, tp: int, verify: bool
+) -> Rewriting:
+    base = analysis.trace.module
+
+    def retrace(rewritten: nn.Module) -> Trace:
+        return trace(
+            rewritten, scenario.args, scenario.kwargs, scenario.name, training=scenario.training, run=scenario.run
+        )
+
+    return rewrite_and_verify(lambda: skeleton(base), retrace, analysis, choice, anchors, tp, "", verify=verify)
+
+
+def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:
+    """The sharded axes that the ops of the module in the error's way touch."""
+    if error.module is None:
+        return []
+    atoms: set[Atom] = set()
+    for node, info in analysis.ops.items():
+        module = node.meta.get("module", "")
+        if module == error.module or (error.module and module.startswith(error.module + ".")):
+            for dims in (*info.out, *(operand.dims for operand in info.operands)):
+                atoms |= set(atoms_of(dims))
+    return [c for c in choice.candidates if atoms & set(c.atoms)]
+
+
+def _refuse_replicated(analysis: Analysis, choice: Choice, tp: int) -> None:
+    """With ``strict``: every weight matrix has to be sharded."""
+    sharded = {a for c in choice.candidates for a in c.atoms}
+    for fqn, node in analysis.trace.params.items():
+        dims = analysis.dims[node][0]
+        if fqn not in analysis.trace.is_buffer and len(dims) > 1 and not sharded & set(atoms_of(dims)):
+            reasons = [str(note) for note in analysis.notes][:3]
+            raise PlanError(
+                f"strict: {fqn} ({', '.join(show(d) for d in dims)}) stays whole at tp={tp}. "
+                + (f"Ops that need an axis whole: {'; '.join(reasons)}. " if reasons else "")
+                + "Leave strict out, or choose another degree."
+            )
+
+
+def _fingerprint(model: nn.Module, analysis: Analysis, choice: Choice, tp: int) -> str:
+    """A hash of the model's parameters and of the plan: ranks whose fingerprints differ must not run together."""
+    lines = [f"tp {tp}"]
+    lines += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in model.named_parameters()]
+    lines += [f"{c.key} {c.ranges}" for c in choice.candidates]
+    comm = choice.communication
+    lines += sorted(f"reduce {n.name}" for n in comm.reduce) + sorted(f"enter {n.name}" for n in comm.enter)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+

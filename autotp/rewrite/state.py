@@ -1,0 +1,67 @@
+"""What a sharded model knows of its sharding, and the way back to the whole state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..axes.layout import local_shape, merge
+from ..axes.term import Dim
+from ..plan.plan import Plan
+from ..runtime.group import get_group
+from .bind import Rank
+
+_ATTRIBUTE = "_autotp_sharding"
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """The plan, this rank's place in it, and the dims of each sharded parameter."""
+
+    plan: Plan
+    rank: Rank
+    dims: Mapping[str, tuple[Dim, ...]]
+
+
+def remember(model: nn.Module, sharding: Sharding) -> None:
+    model.__dict__[_ATTRIBUTE] = sharding
+
+
+def sharding_of(model: nn.Module) -> Sharding | None:
+    """The sharding of a model that autotp has parallelized, or None."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, Sharding) else None
+
+
+def gather_state_dict(model: nn.Module, sharding: Sharding) -> dict[str, Tensor]:
+    """The whole state dict on every rank; one tensor is gathered at a time."""
+    whole: dict[str, Tensor] = {}
+    done: dict[int, Tensor] = {}  # tied parameters are gathered once, and stay one tensor
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    dims_by_id = {id(parameters[fqn]): dims for fqn, dims in sharding.dims.items() if fqn in parameters}
+    for name, value in model.state_dict(keep_vars=True).items():
+        dims = dims_by_id.get(id(value))
+        if dims is None:
+            whole[name] = value.detach()
+        elif id(value) in done:
+            whole[name] = done[id(value)]
+        else:
+            whole[name] = done[id(value)] = _gather(value.detach(), dims, sharding.rank)
+    return whole
+
+
+def _gather(local: Tensor, dims: tuple[Dim, ...], rank: Rank) -> Tensor:
+    group = get_group(rank.prefix)
+    assert group.process_group is not None
+    parts = [
+        torch.empty(local_shape(dims, rank.partition, r), dtype=local.dtype, device=local.device)
+        for r in range(rank.tp)
+    ]
+    parts[rank.rank] = local.contiguous()
+    for r in range(rank.tp):
+        dist.broadcast(parts[r], group_src=r, group=group.process_group)
+    return merge(parts, dims, rank.partition)

@@ -1,0 +1,83 @@
+"""From a device mesh to named groups, and the check at the start that all ranks are about to do the same."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autotp.errors import AutoTPError, RankMismatchError
+from autotp.runtime.group import register_group, register_subgroups
+
+_count = itertools.count()
+
+
+def default_mesh(device: torch.device | str | None) -> DeviceMesh:
+    """One dim over all ranks; without torchrun and without a process group, a world of one rank.
+
+    Raises:
+        AutoTPError: torchrun's environment is there, but the process group cannot be made.
+    """
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    kind = torch.device(device).type if device is not None else _accelerator()
+    if not dist.is_initialized():
+        dist.init_process_group()
+    backend = str(dist.get_backend())
+    if kind != "cpu" and "nccl" not in backend and device is None:
+        kind = "cpu"
+    return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None else "cpu"
+
+
+def connect(mesh: DeviceMesh, parts_by_name: Mapping[str, tuple[tuple[int, ...], ...]]) -> str:
+    """Register the mesh's group, and the subgroups that a plan names, under a prefix of their own; the prefix.
+
+    ``parts_by_name`` names groups under the prefix ''; ranks in the parts are places in the mesh.
+    """
+    prefix = f"autotp{next(_count)}"
+    for name, parts in parts_by_name.items():
+        if len(parts) == 1:
+            register_group(prefix + name, mesh.get_group())
+        else:
+            register_subgroups(prefix + name, _in_world(mesh, parts))
+    return prefix
+
+
+def _in_world(mesh: DeviceMesh, parts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
+    """The parts of every mesh alike (one for each data-parallel replica), as global ranks."""
+    mine: list[int] = mesh.mesh.tolist()
+    everyone: list[list[int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    meshes = {tuple(ranks) for ranks in everyone if ranks is not None}
+    return [[ranks[i] for i in part] for ranks in sorted(meshes) for part in parts]
+
+
+def same_on_all_ranks(mesh: DeviceMesh, fingerprint: str | None, failure: AutoTPError | None) -> None:
+    """Compare the ranks' plans before anything is changed.
+
+    Raises:
+        RankMismatchError: the ranks hold different models or plans, or another rank could not plan.
+    """
+    mine = (fingerprint, None if failure is None else str(failure))
+    everyone: list[tuple[str | None, str | None]] = [(None, None)] * mesh.size()
+    dist.all_gather_object(everyone, mine, group=mesh.get_group())
+    if failure is not None:
+        return  # raised by the caller, with its own traceback
+    failed = [(rank, text) for rank, (print_, text) in enumerate(everyone) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        raise RankMismatchError(f"rank {rank} could not plan: {text}")
+    if len({print_ for print_, _ in everyone}) > 1:
+        listing = ", ".join(f"rank {rank}: {print_}" for rank, (print_, _) in enumerate(everyone))
+        raise RankMismatchError(
+            f"the ranks hold different models or plans ({listing}). Build the same model, with the same arguments, on each rank."
+        )
