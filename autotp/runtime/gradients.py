@@ -46,8 +46,10 @@ class GradSync:
         dim, starts, lengths = self.part
         summed = all_reduce(narrow_runs(grad, dim, starts, lengths), self.group)
         out = grad.clone()
-        for start, piece in zip(starts, summed.split(list(lengths), dim), strict=True):
-            out.narrow(dim, start, piece.shape[dim]).copy_(piece)
+        offset = 0
+        for start, length in zip(starts, lengths, strict=True):
+            out.narrow(dim, start, length).copy_(summed.narrow(dim, offset, length))
+            offset += length
         return out
 
     def remove(self) -> None:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from autotp.runtime.group import get_group
 
 Ints = Sequence[int]
 Runs = tuple[tuple[int, int], ...]  # (start, length) along one dim
+
+# torch 2.13 gave it another name, and warns about the old one
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _MANY_RUNS = 64  # from here on one index_select is cheaper than a cat of narrows
 
@@ -73,7 +77,7 @@ def gather_cat(x: Tensor, dim: int, sizes: Ints, starts: Ints, lengths: Ints, gr
             whole, part = torch.view_as_real(buffer), torch.view_as_real(mine)
         elif mine.dtype is torch.bool:
             whole, part = buffer.view(torch.uint8), mine.view(torch.uint8)
-        dist.all_gather_into_tensor(whole.flatten(0, 1) if part.dim() else whole, part, group=g.process_group)
+        _all_gather(whole.flatten(0, 1) if part.dim() else whole, part, group=g.process_group)
     pieces = _pieces(tuple(sizes), tuple(starts), tuple(lengths))
     if len(pieces) > _MANY_RUNS:
         padded = torch.cat(buffer.unbind(0), dim) if dim else buffer.flatten(0, 1)

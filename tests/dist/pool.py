@@ -97,6 +97,9 @@ class Pool:
         if missing:
             self.close()
         failed = [rank for rank, outcome in done.items() if outcome.error is not None]
+        failed.sort(
+            key=lambda rank: done[rank].failed_at
+        )  # a peer that fails because of it may report sooner
         if failed:
             raise RankFailed(_report(fn, world, done, failed, stacks), failed[0], done[failed[0]].error_type)
         if missing:

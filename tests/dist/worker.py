@@ -9,8 +9,10 @@ import importlib.util
 import pickle
 import signal
 import sys
+import time
 import traceback
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ class Outcome:
     value: bytes = b""
     error: str | None = None
     error_type: str = ""
+    failed_at: float = 0.0  # on the clock that all processes of a machine share
 
 
 def serve(connection: Connection, stacks: str) -> None:
@@ -32,6 +35,9 @@ def serve(connection: Connection, stacks: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    warnings.filterwarnings(
+        "error", message=r".*torch\.distributed.*"
+    )  # pytest's own filters end at its process
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
         while True:
@@ -63,7 +69,7 @@ def _do(rank: int, job: bytes) -> Outcome:
         dist.barrier()  # no rank tears its connections down while another still uses them
         return Outcome(value=value)
     except BaseException as e:
-        return Outcome(error=traceback.format_exc(), error_type=type(e).__name__)
+        return Outcome(error=traceback.format_exc(), error_type=type(e).__name__, failed_at=time.monotonic())
     finally:
         _clean_up()
 

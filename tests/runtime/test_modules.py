@@ -254,6 +254,26 @@ def test_shared_enter_and_gradient_sums(dist: Pool, world: int) -> None:
     dist.run(world, shared_attention)
 
 
+def partly_summed() -> None:
+    """A fused weight of which only some rows are replicated: the others' gradients stay this rank's own."""
+    rank, world = start()
+    fused = nn.Linear(2, 5, bias=False).double()
+    sync_gradient(fused, "weight", "tp", (0, (0, 3), (1, 2)))
+    up = rand(4, 5, seed=rank)
+    x = rand(4, 2)
+    fused(x).backward(up)
+    own = up.t() @ x
+    total = sum(rand(4, 5, seed=r).t() @ x for r in range(world))
+    expected = own.clone()
+    expected[[0, 3, 4]] = total[[0, 3, 4]]
+    close(fused.weight.grad, expected, **EXACT)
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_gradient_sum_of_some_rows(dist: Pool, world: int) -> None:
+    dist.run(world, partly_summed)
+
+
 def half_precision() -> None:
     rank, world = start()
     torch.manual_seed(1)

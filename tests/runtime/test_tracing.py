@@ -4,7 +4,7 @@ group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +15,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autotp.errors import AutoTPError
 from autotp.runtime import (
+    AttentionOptions,
+    ConvOptions,
+    EmbeddingOptions,
+    Gather,
     LinearOptions,
+    ShardedConv,
+    ShardedEmbedding,
     ShardedLinear,
+    ShardedMultiheadAttention,
     SharedEnter,
     all_reduce,
+    attention_slices,
     enter,
     gather,
     get_group,
@@ -211,3 +219,37 @@ def test_compiling_a_shared_enter_does_not_share(tp: None) -> None:
     y = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(y, 3 * x)
     assert share._x is None
+
+
+def attention() -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+    m = nn.MultiheadAttention(8, 4, batch_first=True)
+    for name, (dim, runs) in attention_slices(m, 1, 2).items():
+        owner, _, leaf = name.rpartition(".")
+        slice_parameter(m.get_submodule(owner), leaf, dim, runs)
+    ShardedMultiheadAttention.swap(m, AttentionOptions("tp", (1, 2, 1), 1, "tp"))
+    x = torch.randn(2, 3, 8)
+    return m, (x, x, x), ["enter", "all_reduce", "all_reduce"]
+
+
+def embedding() -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+    m = nn.Embedding(5, 4)
+    ShardedEmbedding.swap(m, EmbeddingOptions(rows=((3, 5),), vocab=10, reduce="tp"))
+    return m, (torch.tensor([1, 9, 4]),), ["all_reduce"]
+
+
+def convolution() -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+    m = nn.Conv2d(4, 2, 3)
+    ShardedConv.swap(m, ConvOptions(enter="tp", gather=Gather("tp", (2, 2, 2))))
+    return m, (torch.randn(1, 4, 6, 6),), ["enter", "gather"]
+
+
+@pytest.mark.parametrize("make", (attention, embedding, convolution))
+def test_sharded_modules_trace_and_compile(tp: None, make: Callable[[], Any]) -> None:
+    model, inputs, expected = make()
+    traced = make_fx(
+        lambda *a: model(*a), tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
+    )(*inputs)
+    assert kinds(traced.graph) == expected
+    eager = model(*inputs)
+    torch.testing.assert_close(traced(*inputs), eager)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs), eager)
