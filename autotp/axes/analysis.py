@@ -1,12 +1,12 @@
 """Analysis: the logical axes of every dim of every value in a trace.
 
-One walk over the graph, each op's rule relating the dims of its operands and results (see `rules.registry`). A rule that
-fails to unify is taken back, and its op blocks every dim it touches.
+One walk over the graph, each op's rule relating the dims of its operands and results (see `rules.registry`).
+A rule that fails to unify is taken back, and its op blocks every dim it touches.
 
-Values that depend on no parameter (inputs, buffers, `arange`, masks) are the same on every rank. They have axes of their own, and an
-op that works on parameters *clones* them at each use: the operand's dims get fresh atoms (with the structure kept), so
-that a rotary table or a mask that all layers share ties none of their axes together. What a clone keeps is that the batch
-and sequence dims of the inputs are frozen.
+Values that depend on no parameter (inputs, buffers, `arange`, masks) are the same on every rank. They have
+axes of their own, and an op that works on parameters *clones* them at each use: the operand's dims get fresh
+atoms (with the structure kept), so that a rotary table or a mask that all layers share ties none of their
+axes together. What a clone keeps is that the batch and sequence dims of the inputs are frozen.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import fx
 import autotp.axes.rules  # noqa: F401  registers the rules
 from autotp.axes.rules.registry import (
     Linear,
-    LocalSize,
     Localize,
+    LocalSize,
     OpContext,
     Operand,
     block_everything,
@@ -49,10 +49,14 @@ class OpInfo:
     whole_out: frozenset[tuple[int, int]] = frozenset()  # (output, dim): computed whole, then sliced for free
     contracted: tuple[Dim, ...] = ()  # summed over: where sharded, the output is Partial
     linear: Linear = Linear()  # how a Partial operand passes
-    added: frozenset[int] = frozenset()  # operands added to the contraction (a bias): once, if the output is Partial
+    added: frozenset[int] = (
+        frozenset()
+    )  # operands added to the contraction (a bias): once, if the output is Partial
     random: bool = False
     mutates: int | None = None
-    localize: Localize | None = None  # args and kwargs of a rank, given the local size of a dim; None: unchanged
+    localize: Localize | None = (
+        None  # args and kwargs of a rank, given the local size of a dim; None: unchanged
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,11 @@ class Note:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.node.target} in {self.where}: {self.text}" if self.where else f"{self.node.target}: {self.text}"
+        return (
+            f"{self.node.target} in {self.where}: {self.text}"
+            if self.where
+            else f"{self.node.target}: {self.text}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,7 +127,9 @@ class _Walk:
         return self.frozen()
 
     def source(self, node: fx.Node, is_input: bool) -> None:
-        """A placeholder: fresh axes. Of an input, those that are batch or sequence are frozen, for its clones too."""
+        """A placeholder: fresh axes. Of an input, those that are batch or sequence are frozen, for its clones
+        too.
+        """
         val = node.meta.get("val")
         values = val if isinstance(val, (list, tuple)) else [val]
         outputs = []
@@ -178,7 +188,8 @@ class _Walk:
         return str(where(node)) if where is not None else str(node.meta.get("module", ""))
 
     def hold_mutated(self, node: fx.Node) -> None:
-        """A value that is written into cannot be converted on the way there: where it would be, it is never sharded.
+        """A value that is written into cannot be converted on the way there: where it would be, it is never
+        sharded.
 
         That holds for every view between the op that writes and the tensor that owns the memory.
         """
@@ -195,7 +206,11 @@ class _Walk:
                 if operand.node is arg:
                     self.hold(operand.dims, self.dims[arg][operand.output])
                     for k, out in enumerate(self.ops[user].out):
-                        if user is node and len(out) == len(operand.dims) and self.sizes(out) == self.sizes(operand.dims):
+                        if (
+                            user is node
+                            and len(out) == len(operand.dims)
+                            and self.sizes(out) == self.sizes(operand.dims)
+                        ):
                             self.hold(out, operand.dims)
                         for d, dim in enumerate(out):
                             if (k, d) in self.ops[user].whole_out:
@@ -244,7 +259,9 @@ class _Walk:
 
 
 def aliased_args(node: fx.Node) -> list[tuple[fx.Node, bool]]:
-    """The tensor arguments whose memory the op's result shares or that the op writes into, and whether it writes."""
+    """The tensor arguments whose memory the op's result shares or that the op writes into, and whether it
+    writes.
+    """
     if not isinstance(node.target, torch._ops.OpOverload):
         is_item = node.op == "call_function" and len(node.args) == 2 and is_tensor_node(node.args[0])
         return [(node.args[0], False)] if is_item else []  # type: ignore[list-item]
@@ -259,7 +276,9 @@ def aliased_args(node: fx.Node) -> list[tuple[fx.Node, bool]]:
 
 @functools.cache
 def _aliases(target: torch._ops.OpOverload) -> tuple[tuple[int, str, bool], ...]:
-    """The arguments that an op's schema marks as aliased: position (past the end, by keyword only), name, written."""
+    """The arguments that an op's schema marks as aliased: position (past the end, by keyword only), name,
+    written.
+    """
     return tuple(
         (len(target._schema.arguments) if a.kwarg_only else i, a.name, bool(a.alias_info.is_write))
         for i, a in enumerate(target._schema.arguments)

@@ -1,7 +1,9 @@
-"""Layout: which elements of a tensor a rank holds, given the terms of its dims and a partition of the axes; and back.
+"""Layout: which elements of a tensor a rank holds, given the terms of its dims and a partition of the axes;
+and back.
 
-All of it is arithmetic on *runs*: pairs ``(start, length)`` of contiguous elements of a global dim, in the order in which the
-rank holds them. With ``F`` sharded over two ranks, a fused gate and up projection of 2·6 rows is held like this::
+All of it is arithmetic on *runs*: pairs ``(start, length)`` of contiguous elements of a global dim, in the
+order in which the rank holds them. With ``F`` sharded over two ranks, a fused gate and up projection of 2·6
+rows is held like this::
 
     (F | F)     rank 0: (0, 3) (6, 3)      rank 1: (3, 3) (9, 3)
     H·3·D       rank 0: (0, h·3·D)         one run, as long as the ranges of H are contiguous
@@ -26,8 +28,8 @@ Runs = NDArray[np.int64]  # [n, 2]: start and length of each run
 class Partition:
     """How axes are split: for the id of each sharded atom, the range of its elements that each rank holds.
 
-    Ranks may share a range: with 2 kv heads and 4 groups over 4 ranks (``K·G``), K has ranges 0, 0, 1, 1 and G its halves in
-    turn; a tensor without G is then held twice.
+    Ranks may share a range: with 2 kv heads and 4 groups over 4 ranks (``K·G``), K has ranges 0, 0, 1, 1 and
+    G its halves in turn; a tensor without G is then held twice.
     """
 
     ranges: Mapping[int, tuple[Range, ...]]
@@ -61,7 +63,9 @@ def local_shape(dims: Sequence[Dim], partition: Partition, rank: int) -> tuple[i
 
 
 def runs(dim: Dim, partition: Partition, rank: int) -> list[Range]:
-    """The elements of a dim that a rank holds, as ``(start, length)`` in its local order; adjacent ones merged."""
+    """The elements of a dim that a rank holds, as ``(start, length)`` in its local order; adjacent ones
+    merged.
+    """
     return [(int(start), int(length)) for start, length in _runs(dim, partition, rank)]
 
 
@@ -70,7 +74,9 @@ def _runs(dim: Dim, partition: Partition, rank: int) -> Runs:
     inner = 1
     for factor in reversed(dim):  # minor to major
         own = _factor_runs(factor, partition, rank)
-        if result.shape[0] == 1 and result[0, 0] == 0 and result[0, 1] == inner:  # the rest is whole: runs stay runs
+        if (
+            result.shape[0] == 1 and result[0, 0] == 0 and result[0, 1] == inner
+        ):  # the rest is whole: runs stay runs
             result = own * inner
         else:
             majors = indices_of(own)
@@ -144,12 +150,16 @@ def merge(parts: Sequence[torch.Tensor], dims: Sequence[Dim], partition: Partiti
     whole = parts[0].new_empty([size_of(dim) for dim in dims])
     missing = _missing(dims, partition)
     if missing:
-        raise ValueError(f"no rank holds {missing} elements of {whole.numel()}: the partition does not tile the tensor")
+        raise ValueError(
+            f"no rank holds {missing} elements of {whole.numel()}: the partition does not tile the tensor"
+        )
     for rank, *_ in owners(dims, partition):
         part = parts[rank]
         expected = local_shape(dims, partition, rank)
         if tuple(part.shape) != expected:
-            raise ValueError(f"the slice of rank {rank} has shape {tuple(part.shape)}, its layout says {expected}")
+            raise ValueError(
+                f"the slice of rank {rank} has shape {tuple(part.shape)}, its layout says {expected}"
+            )
         _place(whole, part, dims, partition, rank)
     return whole
 
@@ -167,7 +177,9 @@ def _missing(dims: Sequence[Dim], partition: Partition) -> int:
     return int(held.logical_not().sum())
 
 
-def _place(whole: torch.Tensor, part: torch.Tensor, dims: Sequence[Dim], partition: Partition, rank: int) -> None:
+def _place(
+    whole: torch.Tensor, part: torch.Tensor, dims: Sequence[Dim], partition: Partition, rank: int
+) -> None:
     """Write a rank's slice to its place in the whole tensor."""
     if not part.numel():
         return
@@ -189,7 +201,9 @@ def _place(whole: torch.Tensor, part: torch.Tensor, dims: Sequence[Dim], partiti
     for d in range(len(dims)):
         own = dict(several).get(d)
         index = np.arange(part.shape[d]) if own is None else indices_of(own)
-        places.append(torch.from_numpy(index).to(whole.device).reshape([-1 if k == d else 1 for k in range(len(dims))]))
+        places.append(
+            torch.from_numpy(index).to(whole.device).reshape([-1 if k == d else 1 for k in range(len(dims))])
+        )
     whole[tuple(places)] = part
 
 

@@ -1,19 +1,21 @@
 """Logical axes of dims, inferred by unification.
 
-A dim is a term: a product of factors, major to minor, each an `Atom` (an axis nobody has looked into yet) or a `Cat`
-(a concatenation of dims). A dim of size 1 is the empty product ``()``::
+A dim is a term: a product of factors, major to minor, each an `Atom` (an axis nobody has looked into yet) or
+a `Cat` (a concatenation of dims). A dim of size 1 is the empty product ``()``::
 
     (K, G, D)                 k·g·d, as in a query projection of grouped-query attention
     (Cat(((F,), (F,))),)      (f | f), as in a fused gate and up projection
 
-Ops *refine*: a view splits an atom into a product, a split cuts it into a concatenation, and an op with two operands makes
-their dims one. An atom that was refined is bound to its term, and `Solver.resolve` replaces bound atoms everywhere.
-Resolved dims have a normal form: a `Cat` stands only last in a product (what follows it is distributed into its parts), its
-parts are no bare `Cat`, and there are at least two. So equal axes are equal Python values.
+Ops *refine*: a view splits an atom into a product, a split cuts it into a concatenation, and an op with two
+operands makes their dims one. An atom that was refined is bound to its term, and `Solver.resolve` replaces
+bound atoms everywhere. Resolved dims have a normal form: a `Cat` stands only last in a product (what follows
+it is distributed into its parts), its parts are no bare `Cat`, and there are at least two. So equal axes are
+equal Python values.
 
-Equality asked for by `unify` is made *syntactic*: the solver may refuse (`CannotUnify`) what some cleverer refinement would
-allow, but what it accepts, holds. A frozen atom is never sharded, so nothing needs to be known of its structure: a frozen
-dim unifies with any dim of its size, which becomes frozen, and neither is refined.
+Equality asked for by `unify` is made *syntactic*: the solver may refuse (`CannotUnify`) what some cleverer
+refinement would allow, but what it accepts, holds. A frozen atom is never sharded, so nothing needs to be
+known of its structure: a frozen dim unifies with any dim of its size, which becomes frozen, and neither is
+refined.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MAX_STEPS = 400  # shifted slices (`x[1:] + x[:-1]`) would refine down to single
 
 
 class CannotUnify(Exception):
-    """Two dims cannot be made one axis, or a dim cannot be refined as asked. The op is blocked at this use."""
+    """Two dims cannot be made one axis, or a dim cannot be refined as asked. The op is blocked at this use.
+    """
 
 
 class Atom:
@@ -44,7 +47,9 @@ class Atom:
 
 
 class Cat:
-    """A concatenation of dims. Equal if the parts are; its size and hash are kept, for they are asked for all the time."""
+    """A concatenation of dims. Equal if the parts are; its size and hash are kept, for they are asked for all
+    the time.
+    """
 
     __slots__ = ("_hash", "parts", "size")
 
@@ -54,7 +59,9 @@ class Cat:
         self._hash = hash(parts)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Cat) and self._hash == other._hash and self.parts == other.parts)
+        return self is other or (
+            isinstance(other, Cat) and self._hash == other._hash and self.parts == other.parts
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -106,7 +113,8 @@ def product(factors: Sequence[Factor]) -> Dim:
 
 
 def repeated_atoms(dims: Sequence[Dim]) -> frozenset[Atom]:
-    """Atoms that stand on two dims of one value, or twice in one product: sharding them would shard the value twice.
+    """Atoms that stand on two dims of one value, or twice in one product: sharding them would shard the value
+    twice.
 
     Segments of a concatenation lie side by side, so an atom in several segments of one dim counts once.
     """
@@ -133,7 +141,9 @@ def _multiplicity(dim: Dim) -> dict[Atom, int]:
 
 
 def show(dim: Dim, name: Callable[[Atom], str] = repr) -> str:
-    """A dim as text: ``K·G·D``, ``(F | F)``, ``(H | 1 | 1)·D``; common minor factors of a concatenation stand once."""
+    """A dim as text: ``K·G·D``, ``(F | F)``, ``(H | 1 | 1)·D``; common minor factors of a concatenation stand
+    once.
+    """
 
     def factor_text(factor: Factor) -> str:
         if isinstance(factor, Atom):
@@ -334,18 +344,22 @@ class Solver:
         self._step()
         a, b = self.resolve(a), self.resolve(b)
         if a == b:
-            return
+            return None
         if size_of(a) != size_of(b):
             raise CannotUnify(f"{show(a)} has {size_of(a)} elements and {show(b)} has {size_of(b)}")
         for one, other in ((a, b), (b, a)):
-            if self.is_frozen(one) and next(atoms_of(one), None) is not None:  # not so (1 | 1 | 1), which has no atoms
+            if (
+                self.is_frozen(one) and next(atoms_of(one), None) is not None
+            ):  # not so (1 | 1 | 1), which has no atoms
                 return self.freeze(other)
         while a[-1] == b[-1]:
             a, b = a[:-1], b[:-1]
         while a[0] == b[0]:
             a, b = a[1:], b[1:]
         mine, its = _lone_atom(a), _lone_atom(b)
-        if mine is not None and its is not None:  # the older one stays, so that a weight's axis keeps its name
+        if (
+            mine is not None and its is not None
+        ):  # the older one stays, so that a weight's axis keeps its name
             self._bind(*((mine, b) if mine.id > its.id else (its, a)))
         elif mine is not None:
             self._bind(mine, b)
@@ -384,7 +398,9 @@ class Solver:
             # the occurs check: (a | 1) against (1 | a), from shifted slices, would go down to single elements
             shared = {x for x in atoms_of(cat) if x not in self._frozen}.intersection(atoms_of(other))
             if shared:
-                raise CannotUnify(f"{show(cat)} against {show(other)} would shift {min(shared, key=lambda x: x.id)}")
+                raise CannotUnify(
+                    f"{show(cat)} against {show(other)} would shift {min(shared, key=lambda x: x.id)}"
+                )
         pieces = self._cut(other, sizes)
         for part, piece in zip(factor.parts, pieces, strict=True):
             self._unify(part, piece)

@@ -1,6 +1,8 @@
-"""Small graphs by hand: each op runs on real numbers as it is added, so that its values are there to compare with.
+"""Small graphs by hand: each op runs on real numbers as it is added, so that its values are there to compare
+with.
 
-`commutes` is the law that a rule has to keep: the op on the slices of its operands gives the slices of its result.
+`commutes` is the law that a rule has to keep: the op on the slices of its operands gives the slices of its
+result.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from autotp.axes.analysis import Analysis, analyse
-from autotp.axes.term import Atom, Dim
 from autotp.axes.layout import Partition, local_size, slice_tensor
+from autotp.axes.term import Atom, Dim
 from autotp.trace.graph import Port, Trace
 
 aten = torch.ops.aten
@@ -107,7 +109,9 @@ def on_rank(sketch: Sketch, analysis: Analysis, node: fx.Node, partition: Partit
     if node.target is operator.getitem:
         return args[0]
     if node.target in (aten.split.Tensor, aten.chunk.default) and isinstance(args[1], list):
-        return aten.split_with_sizes.default(args[0], *args[1:])  # local pieces that differ: what a source patch writes
+        return aten.split_with_sizes.default(
+            args[0], *args[1:]
+        )  # local pieces that differ: what a source patch writes
     if node.target is aten.index.Tensor:
         args = (args[0], [torch.tensor(v) if isinstance(v, list) else v for v in args[1]])
     return node.target(*args, **kwargs)
@@ -122,7 +126,10 @@ def commutes(sketch: Sketch, analysis: Analysis, partition: Partition) -> int:
             wholes = sketch.values[node]
             results, wholes = (v if isinstance(v, (list, tuple)) else [v] for v in (result, wholes))
             for k, (mine, whole) in enumerate(zip(results, wholes, strict=True)):
-                dims = [d_out if (k, d) not in info.whole_out else whole_dim(whole.shape[d]) for d, d_out in enumerate(info.out[k])]
+                dims = [
+                    d_out if (k, d) not in info.whole_out else whole_dim(whole.shape[d])
+                    for d, d_out in enumerate(info.out[k])
+                ]
                 expected = slice_tensor(whole, dims, partition, rank)
                 assert torch.equal(mine, expected), f"{node.format_node()}: result {k} on rank {rank}"
                 compared += 1

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotp.axes.term import Atom, Cat, Dim, concat, product, size_of
 from autotp.axes.layout import (
     Partition,
     indices_of,
@@ -22,6 +21,7 @@ from autotp.axes.layout import (
     runs,
     slice_tensor,
 )
+from autotp.axes.term import Atom, Cat, Dim, concat, product, size_of
 
 H, K, G, D, F, M = (Atom(k, n) for k, n in enumerate((6, 2, 4, 5, 7, 11)))
 EVEN = Partition({H.id: ((0, 2), (2, 4), (4, 6))})
@@ -67,7 +67,10 @@ ROUND_TRIPS: list[tuple[tuple[Dim, ...], Partition]] = [
     (((M,), (Cat(((K, G, D), (K, D), (K, D))),)), NESTED),
     (((K, D),), NESTED),
     (((K, D), (M,)), EMPTY),
-    (((D, H), (M,), (K, Cat(((H,), (D,))))), EVEN),  # two scattered dims; nonsense as a sharding, fine as a layout
+    (
+        ((D, H), (M,), (K, Cat(((H,), (D,))))),
+        EVEN,
+    ),  # two scattered dims; nonsense as a sharding, fine as a layout
     (((), (Cat(((H, D), (D,), (D,))),)), UNEVEN),
 ]
 
@@ -76,7 +79,9 @@ ROUND_TRIPS: list[tuple[tuple[Dim, ...], Partition]] = [
 def test_round_trip(dims: tuple[Dim, ...], partition: Partition) -> None:
     whole = torch.arange(math.prod(size_of(d) for d in dims)).reshape([size_of(d) for d in dims])
     parts = [slice_tensor(whole, dims, partition, rank) for rank in range(partition.size)]
-    assert [tuple(p.shape) for p in parts] == [local_shape(dims, partition, rank) for rank in range(partition.size)]
+    assert [tuple(p.shape) for p in parts] == [
+        local_shape(dims, partition, rank) for rank in range(partition.size)
+    ]
     repeated = dims == ROUND_TRIPS[6][0]
     if repeated:  # H stands on two dims: the slices are a diagonal, they do not tile the tensor
         with pytest.raises(ValueError, match="does not tile"):
@@ -165,4 +170,6 @@ def test_runs_are_the_elements_that_the_definition_says(dim: Dim, partition: Par
         found = runs(dim, partition, rank)
         assert indices_of(found).tolist() == np.flatnonzero(label(dim, partition, rank)).tolist()
         assert local_size(dim, partition, rank) == len(indices_of(found))
-        assert all(a + n < b for (a, n), (b, _) in zip(found, found[1:], strict=False)), "adjacent runs are merged"
+        assert all(a + n < b for (a, n), (b, _) in zip(found, found[1:], strict=False)), (
+            "adjacent runs are merged"
+        )

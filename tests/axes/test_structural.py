@@ -1,4 +1,5 @@
-"""Rules of structural ops: what they say of axes, their local arguments, and that slicing commutes with them."""
+"""Rules of structural ops: what they say of axes, their local arguments, and that slicing commutes with them.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from torch import fx
 
 from autotp.axes.analysis import Analysis
+from autotp.axes.layout import Partition, local_size
 from autotp.axes.rules.view import groups
 from autotp.axes.term import Atom, Dim, atoms_of, repeated_atoms, show
-from autotp.axes.layout import Partition, local_size
 from tests.axes.proof import OneOp, Sample, check, ints, real, signature
 from tests.axes.sketch import Sketch, aten, commutes, on_rank
 
@@ -304,10 +305,14 @@ def test_an_op_without_a_rule_blocks_everything_it_touches() -> None:
 
 
 def test_what_is_written_into_is_held() -> None:
-    """A cache: writing at positions blocks that dim, and a blocked dim of a written tensor cannot be converted."""
+    """A cache: writing at positions blocks that dim, and a blocked dim of a written tensor cannot be
+    converted.
+    """
     sketch = Sketch()
     cache = sketch.buffer(2, 4, 9, 5)
-    k = sketch(aten.view, sketch(aten.linear, sketch.input(torch.ones(2, 1, 6)), sketch.param(20, 6)), [2, 1, 4, 5])
+    k = sketch(
+        aten.view, sketch(aten.linear, sketch.input(torch.ones(2, 1, 6)), sketch.param(20, 6)), [2, 1, 4, 5]
+    )
     k = sketch(aten.transpose.int, k, 1, 2)
     written = sketch(aten.index_copy_, cache, 2, sketch.input(torch.tensor([3])), k)
     analysis = sketch.analyse(written)
@@ -337,25 +342,37 @@ def factorization(draw: st.DrawFn, n: int) -> list[int]:
 @given(st.data())
 def test_slicing_commutes_with_every_op(data: st.DataObject) -> None:
     sketch = Sketch()
-    pool: list[fx.Node] = [sketch.param(data.draw(st.sampled_from([4, 6, 12])), data.draw(st.sampled_from([6, 8, 12])))]
+    pool: list[fx.Node] = [
+        sketch.param(data.draw(st.sampled_from([4, 6, 12])), data.draw(st.sampled_from([6, 8, 12])))
+    ]
     pool.append(sketch.param(*pool[0].meta["val"].shape))
     for _ in range(data.draw(st.integers(2, 8))):
         x = pool[data.draw(st.integers(0, len(pool) - 1))]
         shape = list(x.meta["val"].shape)
         d = data.draw(st.integers(0, len(shape) - 1))
         n = shape[d]
-        action = data.draw(st.sampled_from(["view", "view", "split", "slice", "permute", "cat", "add", "repeat", "expand", "step"]))
+        action = data.draw(
+            st.sampled_from(
+                ["view", "view", "split", "slice", "permute", "cat", "add", "repeat", "expand", "step"]
+            )
+        )
         if action == "view":
             flat = sketch(aten.reshape, x, [math.prod(shape)]) if data.draw(st.booleans()) else x
             size = list(flat.meta["val"].shape)
             d = data.draw(st.integers(0, len(size) - 1))
-            pool.append(sketch(aten.reshape, flat, [*size[:d], *data.draw(factorization(size[d])), *size[d + 1 :]]))
+            pool.append(
+                sketch(aten.reshape, flat, [*size[:d], *data.draw(factorization(size[d])), *size[d + 1 :]])
+            )
         elif action == "split" and n > 1:
             pool += sketch(aten.split.Tensor, x, data.draw(st.integers((n + 2) // 3, n - 1)), d)
         elif action == "slice" and n > 1:
             start = data.draw(st.integers(0, n - 1))
             stop = data.draw(st.integers(start + 1, n))
-            pool.append(sketch(aten.slice.Tensor, x, d, start - n if start and data.draw(st.booleans()) else start, stop))
+            pool.append(
+                sketch(
+                    aten.slice.Tensor, x, d, start - n if start and data.draw(st.booleans()) else start, stop
+                )
+            )
         elif action == "permute":
             pool.append(sketch(aten.permute, x, data.draw(st.permutations(range(len(shape))))))
         elif action == "cat":

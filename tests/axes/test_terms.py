@@ -158,7 +158,9 @@ def test_shifted_slices_do_not_recurse_to_single_elements() -> None:
 
 def test_failed_unification_leaves_no_trace() -> None:
     solver = Solver()
-    a = solver.product([solver.fresh(10), solver.fresh(4), solver.fresh(9)])  # the first factors unify, the rest does not
+    a = solver.product(
+        [solver.fresh(10), solver.fresh(4), solver.fresh(9)]
+    )  # the first factors unify, the rest does not
     b = solver.product([solver.fresh(2), solver.fresh(5), solver.fresh(6), solver.fresh(6)])
     before = [solver.resolve(d) for d in (a, b)]
     with pytest.raises(CannotUnify):
@@ -247,7 +249,6 @@ def test_normal_form(make, expected: str) -> None:  # type: ignore[no-untyped-de
 # ---- laws
 
 
-
 @st.composite
 def factorization(draw: st.DrawFn, n: int) -> list[int]:
     sizes = []
@@ -313,7 +314,9 @@ def test_any_sequence_of_refinements_keeps_sizes_and_normal_form(data: st.DataOb
                 same = [d for d in dims if size_of(d) == size_of(dim)]
                 other = data.draw(st.sampled_from(same))
                 solver.unify(dim, other)
-                assert solver.resolve(dim) == solver.resolve(other) or (solver.is_frozen(dim) and solver.is_frozen(other))
+                assert solver.resolve(dim) == solver.resolve(other) or (
+                    solver.is_frozen(dim) and solver.is_frozen(other)
+                )
             elif action == "concat":
                 joined = solver.concat([dim, data.draw(st.sampled_from(dims))])
                 if size_of(joined) <= 48:

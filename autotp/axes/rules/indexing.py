@@ -24,7 +24,9 @@ def _is_mask(op: OpContext, i: int) -> bool:
 def _constant_range(
     op: OpContext, node: fx.Node, i: int, d: int
 ) -> tuple[Dim, Callable[[LocalSize], fx.Node | torch.Tensor]] | None:
-    """A known index list that is a contiguous range: its dim, and on a rank the list (a tensor, where it is another one)."""
+    """A known index list that is a contiguous range: its dim, and on a rank the list (a tensor, where it is
+    another one).
+    """
     value = op.constant(node)
     found = None if value is None else constant_range(op, value, i, d)
     if value is None or found is None:
@@ -36,7 +38,9 @@ def _constant_range(
 
 @rule("aten.index.Tensor", "aten._unsafe_index.Tensor")
 def index(op: OpContext) -> None:
-    """``x[:, i, :, j]``: adjacent index tensors put their dims where they stand, separated ones put them first."""
+    """``x[:, i, :, j]``: adjacent index tensors put their dims where they stand, separated ones put them
+    first.
+    """
     i = op.tensor("self")
     listed = list(op.args["indices"])
     at = [d for d, value in enumerate(listed) if is_tensor_node(value)]
@@ -128,7 +132,14 @@ def _along(op: OpContext, d: int, others: Iterable[int]) -> list[Dim]:
     return dims
 
 
-@rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce", "aten.scatter_reduce_")
+@rule(
+    "aten.scatter",
+    "aten.scatter_",
+    "aten.scatter_add",
+    "aten.scatter_add_",
+    "aten.scatter_reduce",
+    "aten.scatter_reduce_",
+)
 def scatter(op: OpContext) -> None:
     """``scatter(x, dim, index, src)``: the dim is blocked, the others pass where all are as long."""
     written = in_place(op)
@@ -139,11 +150,22 @@ def scatter(op: OpContext) -> None:
         return
     op.out(_along(op, op.args["dim"] % op.rank(i), [index, *src]))
     reduce = op.args.get("reduce")
-    if not written and src and (reduce is None or (reduce in ("sum", "add") and op.args.get("include_self", True))):
+    if (
+        not written
+        and src
+        and (reduce is None or (reduce in ("sum", "add") and op.args.get("include_self", True)))
+    ):
         op.linear("add", [i, *src])
 
 
-@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_", "aten.index_reduce", "aten.index_reduce_")
+@rule(
+    "aten.index_add",
+    "aten.index_add_",
+    "aten.index_copy",
+    "aten.index_copy_",
+    "aten.index_reduce",
+    "aten.index_reduce_",
+)
 def index_write(op: OpContext) -> None:
     """``index_add(x, dim, index, source)``: one index for all, so only that dim is blocked."""
     written = in_place(op)
@@ -188,7 +210,11 @@ def index_put(op: OpContext) -> None:
     spread = max(op.rank(k) for k in indices)
     rest = [d for d in range(op.rank(i)) if d not in at]
     where = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    layout: list[int | None] = [*rest[:where], *([None] * spread), *rest[where:]]  # the values' dims, if none broadcasts
+    layout: list[int | None] = [
+        *rest[:where],
+        *([None] * spread),
+        *rest[where:],
+    ]  # the values' dims, if none broadcasts
     layout = layout[len(layout) - op.rank(values) :]
     joined: dict[int, Dim] = {}
     for k, d in enumerate(layout):
@@ -202,7 +228,15 @@ def index_put(op: OpContext) -> None:
         op.linear("add", [i, values])
 
 
-@rule("aten.masked_select", "aten.nonzero", "aten.nonzero_numpy", "aten.take", "aten.put", "aten.put_", "aten.unique_dim")
+@rule(
+    "aten.masked_select",
+    "aten.nonzero",
+    "aten.nonzero_numpy",
+    "aten.take",
+    "aten.put",
+    "aten.put_",
+    "aten.unique_dim",
+)
 def by_data(op: OpContext) -> None:
     """The shape depends on the data, or places are counted over all dims."""
     in_place(op)

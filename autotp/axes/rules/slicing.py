@@ -1,7 +1,8 @@
-"""Rules of ops that cut a dim into pieces or put pieces together: split, chunk, slice, narrow, select, cat, stack.
+"""Rules of ops that cut a dim into pieces or put pieces together: split, chunk, slice, narrow, select, cat,
+stack.
 
-A piece is a part of a `Cat`, so that a local piece lies where the local sizes of the parts before it say. Only an axis that
-cannot be cut there (the cut falls inside an inner factor) is blocked.
+A piece is a part of a `Cat`, so that a local piece lies where the local sizes of the parts before it say.
+Only an axis that cannot be cut there (the cut falls inside an inner factor) is blocked.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def split_with_sizes(op: OpContext) -> None:
 
 @rule("aten.chunk", "aten.unsafe_chunk")
 def chunk(op: OpContext) -> None:
-    """So many pieces. Local pieces that `chunk` would not make need a list of sizes where the source has a count."""
+    """So many pieces. Local pieces that `chunk` would not make need a list of sizes where the source has a
+    count.
+    """
     count = op.args["chunks"]
 
     def local(sizes: list[int]) -> Any:
@@ -113,7 +116,9 @@ def select(op: OpContext) -> None:
 
 
 def local_index(given: Any, n: int, offset: int, total: int) -> Any:
-    """The local value of a start or stop: as it was written (None, past the end, from the end), at its local place."""
+    """The local value of a start or stop: as it was written (None, past the end, from the end), at its local
+    place.
+    """
     if given is None or given >= n:
         return given
     if given < 0 and offset < total:
@@ -123,7 +128,9 @@ def local_index(given: Any, n: int, offset: int, total: int) -> Any:
 
 @rule("aten.slice.Tensor", "aten.slice_copy")
 def slice_(op: OpContext) -> None:
-    """``x[start:stop:step]``. A contiguous range is a part of a concatenation; every k-th element is the outer part of ``n·k``."""
+    """``x[start:stop:step]``. A contiguous range is a part of a concatenation; every k-th element is the
+    outer part of ``n·k``.
+    """
     i = op.tensor("self")
     d, step = op.args["dim"] % op.rank(i), op.args["step"]
     n = op.shape(i)[d]
@@ -166,7 +173,9 @@ def _every(op: OpContext, i: int, d: int, start: int, stop: int, step: int) -> N
     mark = op.solver.mark()
     try:
         if n % step or start >= step or len(range(start, stop, step)) != n // step:
-            raise CannotUnify(f"every {step}th of {n} elements from {start} to {stop} is no factor of the axis")
+            raise CannotUnify(
+                f"every {step}th of {n} elements from {start} to {stop} is no factor of the axis"
+            )
         major, minor = op.solver.split(dims[d], [n // step, step])
     except CannotUnify as error:
         op.solver.undo(mark)
@@ -196,7 +205,9 @@ def narrow(op: OpContext) -> None:
     _range(op, i, d, start, start + op.args["length"], "start", "length")
 
 
-def constant_range(op: OpContext, index: torch.Tensor, i: int, d: int) -> tuple[Dim, Callable[[LocalSize], list[int]]] | None:
+def constant_range(
+    op: OpContext, index: torch.Tensor, i: int, d: int
+) -> tuple[Dim, Callable[[LocalSize], list[int]]] | None:
     """A constant index list that is a contiguous range, read as a slice: its dim, and the local list."""
     n = op.shape(i)[d]
     if index.dtype in (torch.bool, torch.uint8) or index.dim() != 1 or not index.numel():
@@ -252,7 +263,9 @@ def stack_by_name(op: OpContext) -> None:
     """Concatenations along a dim that the name says; only for operands that need no new dim."""
     operands = op.tensors("tensors")
     shape = op.out_shapes()[0]
-    d = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}[str(op.node.target).split(".")[1]]
+    d = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}[
+        str(op.node.target).split(".")[1]
+    ]
     if any(op.rank(i) != len(shape) for i in operands) or d >= len(shape):
         if str(op.node.target).startswith("aten.hstack") and len(shape) == 1:
             d = 0

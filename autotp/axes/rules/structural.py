@@ -1,4 +1,6 @@
-"""Rules of the remaining ops that move elements: aliases and casts, flips and triangles, padding, windows, complex pairs."""
+"""Rules of the remaining ops that move elements: aliases and casts, flips and triangles, padding, windows,
+complex pairs.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def diag_embed(op: OpContext) -> None:
 
 @rule("aten.constant_pad_nd", "aten.pad")
 def pad(op: OpContext) -> None:
-    """Padding with a constant is a concatenation with parts that every rank has; any other is blocked where it pads."""
+    """Padding with a constant is a concatenation with parts that every rank has; any other is blocked where
+    it pads.
+    """
     i = _self(op)
     amounts = list(op.args["pad"])
     dims, rank = op.dims(i), op.rank(i)

@@ -1,7 +1,8 @@
 """Rules of ops that lay the same elements out in other dims: view, flatten, permute, squeeze, expand, repeat.
 
-A view regroups dims: the dims of each smallest group of equal product are multiplied, then split as the result asks.
-Where a group cannot be split (its axes do not nest), the dims of that group are blocked, and only those.
+A view regroups dims: the dims of each smallest group of equal product are multiplied, then split as the
+result asks. Where a group cannot be split (its axes do not nest), the dims of that group are blocked, and
+only those.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from autotp.axes.term import CannotUnify, Dim
 
 
 def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
-    """The smallest runs of dims of two shapes that hold the same elements: (6, 5) and (2, 3, 5) -> [0 | 0 1], [1 | 2]."""
+    """The smallest runs of dims of two shapes that hold the same elements: (6, 5) and (2, 3, 5) -> [0 | 0 1],
+    [1 | 2].
+    """
     found = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -167,13 +170,18 @@ def movedim(op: OpContext) -> None:
 
 @rule("aten.squeeze", "aten.squeeze_", "aten.squeeze.dim", "aten.squeeze.dims")
 def squeeze(op: OpContext) -> None:
-    """Dims of size 1 go. A listed dim of another size stays, and is blocked: a local size of 1 would make it go."""
+    """Dims of size 1 go. A listed dim of another size stays, and is blocked: a local size of 1 would make it
+    go.
+    """
     i = op.tensor("self")
     asked = op.args.get("dim")
     rank = max(op.rank(i), 1)
     listed = range(rank) if asked is None else [asked] if isinstance(asked, int) else asked
     gone = {d % rank for d in listed}
-    dims = [op.whole(n) if d in gone else dim for d, (dim, n) in enumerate(zip(op.dims(i), op.shape(i), strict=True))]
+    dims = [
+        op.whole(n) if d in gone else dim
+        for d, (dim, n) in enumerate(zip(op.dims(i), op.shape(i), strict=True))
+    ]
     op.linear("add", [i])
     op.out([dim for d, dim in enumerate(dims) if not (d in gone and op.shape(i)[d] == 1)])
     for d in gone & set(range(op.rank(i))):
@@ -192,12 +200,17 @@ def unsqueeze(op: OpContext) -> None:
 
 @rule("aten.expand.default", "aten.broadcast_to")
 def expand(op: OpContext) -> None:
-    """A dim of size 1 that grows becomes a fresh axis: every element is the same, so a rank makes as many as it needs."""
+    """A dim of size 1 that grows becomes a fresh axis: every element is the same, so a rank makes as many as
+    it needs.
+    """
     i = op.tensor("self")
     shape = op.out_shapes()[0]
     new = len(shape) - op.rank(i)
     dims = [op.solver.fresh(n) for n in shape[:new]]
-    dims += [op.solver.fresh(n) if m != n else dim for dim, m, n in zip(op.dims(i), op.shape(i), shape[new:], strict=True)]
+    dims += [
+        op.solver.fresh(n) if m != n else dim
+        for dim, m, n in zip(op.dims(i), op.shape(i), shape[new:], strict=True)
+    ]
     op.local("size", sizes_of(dims, op.args["size"]))
     op.linear("add", [i])
     op.out(dims)
@@ -218,7 +231,9 @@ def expand_as(op: OpContext) -> None:
 
 @rule("aten.repeat", "aten.tile")
 def repeat(op: OpContext) -> None:
-    """Copies lie one after the other: ``copies · dim``. A rank makes as many copies as the axis of copies has there."""
+    """Copies lie one after the other: ``copies · dim``. A rank makes as many copies as the axis of copies has
+    there.
+    """
     i = op.tensor("self")
     name = "repeats" if "repeats" in op.args else "dims"
     counts = list(op.args[name])
