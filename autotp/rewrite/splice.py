@@ -7,7 +7,6 @@ collects the insertions for one text and applies them at once, the outer ones ou
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,9 +54,9 @@ class Wrap:
 class WrapArg:
     """Replace one argument A by `fn(A)`.
 
-    `where` is the position in the call as torch sees it (`x` of `x.view()` and the left operand are 0, the
-    right one is 1), the name of a keyword argument, or a path into list or tuple displays: ("args", 0, 1) is
-    `b` of `torch.cat([a, b])`.
+    `where` is the position in the call as torch sees it (`x` of `x.view()` and the left operand are 0, the right
+    one is 1), the name of a keyword argument, or the path of the operand of the ATen op that the call makes:
+    ("args", 0, 1) is `b` of `torch.cat([a, b])`.
     """
 
     where: int | str | Path
@@ -86,6 +85,7 @@ class Splices:
         self._pairs: list[tuple[int, int, int, str, str]] = []  # start, end, rank, before, after
         self._replaced: dict[tuple[int, int], str] = {}
         self._sizes: dict[tuple[int, int, bool], dict[int, int]] = {}
+        self._writes: dict[int, Callable[[Any], Any]] = {}
         self._source = text.text.encode()
 
     def name(self, value: Any, hint: str = "") -> str:
@@ -100,6 +100,11 @@ class Splices:
             self._ids[id(value)] = f"{PREFIX}{hint}_{number}"
             self.names[f"{PREFIX}{hint}_{number}"] = value
         return self._ids[id(value)]
+
+    def write_name(self, fn: Callable[[Any], Any]) -> str:
+        """A name for `fn` writing into its argument."""
+        write = self._writes.setdefault(id(fn), in_place(fn))
+        return self.name(write, f"{getattr(fn, '__name__', type(fn).__name__)}_")
 
     def around(self, start: int, end: int, before: str, after: str, rank: int = 0) -> None:
         """Insert text around a span; of equal spans the higher rank goes outside."""
@@ -203,7 +208,7 @@ def _wrap(splices: Splices, node: ast.AST, fn: Callable[[Any], Any]) -> None:
                 f"cannot wrap {splices.text.segment(node)!r} at {splices.where(node)}: "
                 "it writes into part of a tensor"
             )
-        name = splices.name(in_place(fn), f"{getattr(fn, '__name__', 'fn')}_")
+        name = splices.write_name(fn)
         splices.wrap(node, "", f"; {name}({splices.text.segment(node.target)})", rank=9)
         return
     if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
@@ -223,13 +228,13 @@ def _wrap_argument(
     elif isinstance(edit.where, str):
         where = ("kwargs", edit.where)
     else:
-        where = edit.where
+        where = _from_aten(node, edit.where)
     if isinstance(node, ast.AugAssign) and where == ("args", 0):
         if not isinstance(node.target, ast.Name):
             raise RewriteError(
                 f"cannot wrap the target of {splices.text.segment(node)!r} at {splices.where(node)}"
             )
-        name = splices.name(in_place(edit.fn), f"{getattr(edit.fn, '__name__', 'fn')}_")
+        name = splices.write_name(edit.fn)
         splices.wrap(node, f"{name}({node.target.id}); ", "", rank=9)
         return
     target, rest = _argument(splices, node, where, resolve)
@@ -243,6 +248,17 @@ def _wrap_argument(
             "no expression of its own stands there"
         )
     splices.wrap(target, f"{splices.name(edit.fn)}(", ")", rank=2)
+
+
+def _from_aten(node: ast.AST, path: Path) -> Path:
+    """The path of an ATen op's operand in the Python call, where the two differ."""
+    name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+    if name == "embedding" and path[:1] == ("args",) and path[1] in (0, 1):  # F.embedding(input, weight)
+        return ("args", 1 - int(path[1]), *path[2:])
+    if name == "einsum" and path[:2] == ("args", 1) and len(path) == 3 and isinstance(node, ast.Call):
+        if not isinstance(node.args[1], ast.List | ast.Tuple):
+            return ("args", 1 + int(path[2]))
+    return path
 
 
 def _argument(
@@ -334,11 +350,12 @@ def _callee(node: ast.Call, resolve: Callable[[ast.expr], Any]) -> tuple[bool, l
                 bound = True
             if bound:
                 function = getattr(torch.Tensor, node.func.attr, None)
-    try:
-        names = list(inspect.signature(function).parameters) if isinstance(function, FunctionType) else []
-    except (TypeError, ValueError):
-        names = []
-    return bound, names
+    if isinstance(function, FunctionType):
+        return bound, list(inspect.signature(function).parameters)
+    name = getattr(function, "__name__", "")
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
+    names = [argument.name for argument in schemas[0].arguments] if schemas else []
+    return bound, ["input" if name == "self" else name for name in names]
 
 
 def _size(splices: Splices, node: ast.AST, edit: SizeAt, resolve: Callable[[ast.expr], Any]) -> None:
@@ -355,6 +372,8 @@ def _size(splices: Splices, node: ast.AST, edit: SizeAt, resolve: Callable[[ast.
                 f"cannot patch {where}: what was recorded there is {edit.func!r}, called inside it"
             )
     path = paths[edit.index]
+    if isinstance(node, ast.AugAssign) and not _is_number(node.value, resolve):
+        raise RewriteError(f"cannot patch {where}: it does not show which side is the number")
     operands = _operands(node, resolve)
     if operands and not any(_is_number(operand, resolve) for operand in operands):
         for operand in operands:  # which one is the number shows only at run time: `num_buckets * mask`
@@ -478,7 +497,6 @@ def replace_sizes(value: Any, sizes: Mapping[int, int]) -> Any:
     return visit(value)
 
 
-@functools.lru_cache(maxsize=1024)
 def in_place(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """`fn` with its result written into its argument, so that views and other names of the tensor see it."""
 

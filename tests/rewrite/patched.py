@@ -86,12 +86,20 @@ class Attention(nn.Module):
     def keyword(self, x):
         return x.unflatten(dim=1, sizes=(self.n_head, -1))
 
+    # fmt: off
     def unicode(self, x):
-        é = "à"
-        return x.view(len(é), self.n_head, -1)
+        é = "à"; return x.view(len(é), self.n_head, -1)  # noqa: E702
+    # fmt: on
 
+    # fmt: off
     def chained(self, x):
-        return x.view(x.shape[0], self.n_head, 3).transpose(0, 1)  # heads
+        return (
+            x
+            .view(x.shape[0],
+                  self.n_head, 3)  # heads
+            .transpose(0, 1)
+        )
+    # fmt: on
 
     def augmented(self, x):
         y = self.proj(x)
