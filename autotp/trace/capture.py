@@ -260,7 +260,6 @@ def _finish(
     def finished(r: RanModule) -> ModuleCall:
         return ModuleCall(r.fqn, r.index, r.inputs, r.outputs, position(r.before), position(r.end))
 
-    gm.recompile()
     here = set(graph.nodes)
     return Trace(
         graph=graph,

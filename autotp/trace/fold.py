@@ -62,7 +62,7 @@ def fold(skeleton: nn.Module) -> Folds:
         Attr(fqn, path)
         for fqn, m in skeleton.named_modules()
         for path, value in int_attributes(m)
-        if (type(m), path) in alike.indices and _own_index(fqn, stands) == value
+        if (type(m), path) in alike.indices and _has_index(fqn, value, stands)
     )
     return Folds(stands, watched)
 
@@ -119,27 +119,30 @@ def _fold_list(module: nn.Module, alike: Alike, uses: Counter[int]) -> dict[str,
 
 
 def _runs(children: list[nn.Module], alike: Alike) -> Iterator[_Run]:
-    """The repeating stretches worth folding, from left to right, each with its shortest period."""
+    """The repeating stretches worth folding, from left to right. The period that reaches furthest wins: five
+    alike layers within a pattern of six are no run of their own."""
     start = 0
     while start < len(children):
+        best = _Run(start, 1, 1)
         for period in range(1, LONGEST_PERIOD + 1):
-            end = start + period
-            while end < len(children) and alike.layers(
-                children[end - period], children[end], end - period, end
-            ):
-                end += 1
-            periods = (end - start) // period
-            if periods >= (5 if period == 1 else 4):
-                yield _Run(start, period, periods)
-                start += period * periods
+            periods = (_reach(children, alike, start, period) - start) // period
+            if periods >= (5 if period == 1 else 4) and period * periods > best.period * best.periods:
+                best = _Run(start, period, periods)
+            if start + best.period * best.periods == len(children):
                 break
-        else:
-            start += 1
+        if best.periods > 1:
+            yield best
+        start += best.period * best.periods
 
 
-def _own_index(fqn: str, stands: Mapping[str, tuple[str, ...]]) -> int | None:
-    """The index, in the model, of the innermost layer that holds `fqn`."""
-    for name in reversed(Folds(stands).originals(fqn)[0].split(".")):
-        if name.isdigit():
-            return int(name)
-    return None
+def _reach(children: list[nn.Module], alike: Alike, start: int, period: int) -> int:
+    """Where the children from `start` on cease to repeat with `period`."""
+    end = start + period
+    while end < len(children) and alike.layers(children[end - period], children[end], end - period, end):
+        end += 1
+    return end
+
+
+def _has_index(fqn: str, value: int, stands: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether `value` is an index in the name that the model has for `fqn`."""
+    return str(value) in Folds(stands).originals(fqn)[0].split(".")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
 
 _WANTED = {
@@ -44,7 +45,8 @@ def make_graph(f: Callable[..., Any], *args: Sequence[torch.Tensor]) -> fx.Graph
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback of what we report ourselves
     before, log.disabled = log.disabled, True
     try:
-        return proxy_tensor.make_fx(f, **wanted)(*args)
+        with _use_lazy_graph_module(True):  # the graph is read, its Python code is not
+            return proxy_tensor.make_fx(f, **wanted)(*args)
     finally:
         log.disabled = before
 

@@ -196,16 +196,15 @@ class WatchedInt(ProvInt):
     compared."""
 
     def _note(self) -> None:
-        """A cache that looks whether it has this layer yet does not branch on the layer, nor does a dict that
-        looks it up."""
-        frame = sys._getframe(2)
-        if self.session.open and not _in_cache(frame) and not _looks_up(frame):
+        """A cache that looks whether it has this layer yet does not branch on the layer."""
+        if self.session.open and not _in_cache(sys._getframe(2)):
             self.session.compared |= attributes(self.expr) & self.session.watched
 
     __hash__ = ProvInt.__hash__
 
     def __eq__(self, other: object) -> bool:
-        self._note()
+        if not _looks_up(sys._getframe(1)):
+            self._note()
         return int.__eq__(self, other)
 
     def __ne__(self, other: object) -> bool:

@@ -29,7 +29,7 @@ def skeleton(model: nn.Module) -> nn.Module:
                 if id(tensor) not in memo:
                     memo[id(tensor)] = _light(tensor)
     try:
-        bare: nn.Module = copy.deepcopy(model, memo)
+        bare: nn.Module = copy.deepcopy(model, dict(memo))
     except Exception:  # something in it does not copy (a lock, a process group): share that
         bare = _copy_module(model, memo)
     make_traceable(bare)
