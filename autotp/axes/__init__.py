@@ -1,1 +1,1 @@
-"""Logical axes: terms and their unification, sharding rules, and the analysis that infers the axes of every value."""
+"""Logical axes: terms, their unification, sharding rules, and the analysis that infers the axes of values."""

@@ -21,6 +21,7 @@ from torch import fx
 
 import autotp.axes.rules  # noqa: F401  registers the rules
 from autotp.axes.rules.registry import (
+    NOT_LINEAR,
     Linear,
     Localize,
     LocalSize,
@@ -48,7 +49,7 @@ class OpInfo:
     out: tuple[tuple[Dim, ...], ...]  # one per output tensor, as consumers see it
     whole_out: frozenset[tuple[int, int]] = frozenset()  # (output, dim): computed whole, then sliced for free
     contracted: tuple[Dim, ...] = ()  # summed over: where sharded, the output is Partial
-    linear: Linear = Linear()  # how a Partial operand passes
+    linear: Linear = NOT_LINEAR  # how a Partial operand passes
     added: frozenset[int] = (
         frozenset()
     )  # operands added to the contraction (a bias): once, if the output is Partial
@@ -180,7 +181,8 @@ class _Walk:
         self.dims[node] = context.results
         self.ops[node] = OpInfo(
             operands, context.results, frozenset(context.whole_results), tuple(context.contracted), linear,
-            context.added_operands, context.is_random, context.mutated, self.resolved_localize(context.localizer()),
+            context.added_operands, context.is_random, context.mutated,
+            self.resolved_localize(context.localizer()),
         )  # fmt: skip
 
     def where(self, node: fx.Node) -> str:

@@ -114,7 +114,9 @@ def indices_of(found: Runs | Sequence[Range]) -> NDArray[np.int64]:
     lengths = array[:, 1]
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(array[:, 0] - (ends - lengths), lengths)
+    indices: NDArray[np.int64] = np.arange(total, dtype=np.int64)
+    indices += np.repeat(array[:, 0] - (ends - lengths), lengths)
+    return indices
 
 
 def slice_tensor(t: torch.Tensor, dims: Sequence[Dim], partition: Partition, rank: int) -> torch.Tensor:

@@ -78,7 +78,8 @@ class Sketch:
         self.graph.output(outputs)
         ports = tuple(Port(("out", k), node) for k, node in enumerate(outputs))
         trace = Trace(
-            self.graph, nn.Module(), "forward", self.params, frozenset(self.buffers), {}, tuple(self.inputs), ports, (), self.constants
+            self.graph, nn.Module(), "forward", self.params, frozenset(self.buffers), {}, tuple(self.inputs),
+            ports, (), self.constants,
         )  # fmt: skip
         return analyse(trace)
 

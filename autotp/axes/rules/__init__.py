@@ -1,4 +1,4 @@
-"""The sharding rules that come with autotp, one file a family of ops. Importing this package registers them all."""
+"""The sharding rules of autotp, one file a family of ops. Importing this package registers them all."""
 
 from importlib import import_module
 from pkgutil import iter_modules

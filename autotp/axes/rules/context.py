@@ -33,6 +33,9 @@ class Linear:
     of: frozenset[int] = frozenset()
 
 
+NOT_LINEAR = Linear()
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """One tensor argument of an op, with its dims as this op consumes them."""
@@ -78,7 +81,7 @@ class OpContext:
         self.results: tuple[tuple[Dim, ...], ...] | None = None
         self.whole_results: set[tuple[int, int]] = set()
         self.contracted: list[Dim] = []
-        self.linearity = Linear()
+        self.linearity = NOT_LINEAR
         self.added_operands: frozenset[int] = frozenset()
         self.is_random = False
         self.mutated: int | None = None
@@ -117,19 +120,10 @@ class OpContext:
         if isinstance(arg, fx.Node):
             path = next((p for p in self.tensor_paths() if self.at(p) is arg), None)
         else:
-            path = (*self.paths[arg], *index) if arg in self.paths else None
-        node = None if path is None else self.at(path)
-        if path is None or not is_tensor_node(node):
-            raise RuleError(
-                f"{self.node.target}: its rule asks for a tensor argument {arg!r}, which it does not have"
-            )
-        if path in self._operand_paths:
-            return self._operand_paths.index(path)
-        self._nodes.append(node)
-        self._operand_paths.append(path)
-        self._operand_outputs.append(0)
-        self._dims.append(list(self._consume(node)[0]))
-        return len(self._nodes) - 1
+            path = next((p for p in self.tensor_paths() if p == (*self.paths.get(arg, ()), *index)), None)
+        if path is None:
+            raise RuleError(f"{self.node.target}: its rule asks for a tensor {arg!r} that it was not given")
+        return self._register(path)
 
     def tensors(self, name: str) -> list[int]:
         """Register every tensor of a list argument (``Tensor[]``; ``None`` entries are skipped)."""

@@ -210,15 +210,11 @@ def index_put(op: OpContext) -> None:
     spread = max(op.rank(k) for k in indices)
     rest = [d for d in range(op.rank(i)) if d not in at]
     where = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    layout: list[int | None] = [
-        *rest[:where],
-        *([None] * spread),
-        *rest[where:],
-    ]  # the values' dims, if none broadcasts
+    layout = [*rest[:where], *([-1] * spread), *rest[where:]]  # the values' dims (-1: of the indices)
     layout = layout[len(layout) - op.rank(values) :]
     joined: dict[int, Dim] = {}
     for k, d in enumerate(layout):
-        if d is None:
+        if d < 0:
             op.block(values, k)
         elif op.shape(values)[k] != 1:
             joined[d] = op.join([(i, d), (values, k)])

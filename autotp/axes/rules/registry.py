@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from autotp.axes.rules.context import (
+    NOT_LINEAR,
     Linear,
     LinearKind,
     Localize,
@@ -41,6 +42,7 @@ from autotp.axes.rules.notation import make_einsum_rule
 from autotp.errors import RuleError
 
 __all__ = [
+    "NOT_LINEAR",
     "Linear",
     "LinearKind",
     "LocalSize",

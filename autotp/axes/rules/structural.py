@@ -27,11 +27,11 @@ def _is_linear_cast(op: OpContext, i: int) -> bool:
 
 
 @rule(
-    "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift", "aten.lift_fresh",
-    "aten.lift_fresh_copy", "aten._to_copy", "aten.to", "aten.type_as", "aten.positive", "aten.requires_grad_",
-    "aten.pin_memory", "aten.view_copy", "aten.alias_copy", "aten._conj", "aten._neg_view", "aten.resolve_conj",
-    "aten.resolve_neg", "aten.cpu", "aten.cuda", "aten._autocast_to_reduced_precision",
-    "aten._autocast_to_full_precision", "aten.data", "prims.convert_element_type",
+    "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift",
+    "aten.lift_fresh", "aten.lift_fresh_copy", "aten._to_copy", "aten.to", "aten.type_as", "aten.positive",
+    "aten.requires_grad_", "aten.pin_memory", "aten.view_copy", "aten.alias_copy", "aten._conj",
+    "aten._neg_view", "aten.resolve_conj", "aten.resolve_neg", "aten.cpu", "aten.cuda", "aten.data",
+    "aten._autocast_to_reduced_precision", "aten._autocast_to_full_precision", "prims.convert_element_type",
 )  # fmt: skip
 def same(op: OpContext) -> None:
     """The same values, perhaps copied or cast. A cast to integers is not linear."""
