@@ -345,8 +345,6 @@ class Flow:
                     cut.start(node)
                 elif (node, edge.consumer) in gathered:
                     stop = True
-                    if edge.consumer in reached:
-                        cut.end(edge.consumer)
                 elif edge.consumer in reached and edge not in masked:
                     cut.flow(edge.consumer, node)
                     cut.require(node, edge.consumer)
@@ -354,6 +352,9 @@ class Flow:
                     stop = True
             if stop:
                 cut.end(node)
+        for _, consumer in gathered:  # backwards, each rank keeps its slice of what has to be a whole gradient
+            if consumer in reached:
+                cut.end(consumer)
         cost, entered, uncut = cut.solve()
         enter: dict[fx.Node, tuple[Edge, ...]] = {}
         sync = set()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..axes.layout import Partition, local_size, runs
-from ..axes.term import Atom, Dim
+from ..axes.term import Atom, Dim, atoms_of, size_of
 from ..runtime import ops
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take
 
@@ -74,6 +74,16 @@ class Rank:
         own = runs(axes, self.partition, self.rank)
         return [start for start, _ in own], [length for _, length in own]
 
+    def inner(self, axes: Dim) -> tuple[Dim, int | None]:
+        """(the minor part of a product that the sharded axes are in, its size): ``B·H`` is sliced over H for any B.
+
+        The size is None where all of the dim is meant.
+        """
+        for i, factor in enumerate(axes):
+            if any(a.id in self.partition.ranges for a in atoms_of((factor,))):
+                return axes[i:], (size_of(axes[i:]) if i else None)
+        return axes, None
+
 
 def group_name(prefix: str, parts: tuple[tuple[int, ...], ...]) -> str:
     if len(parts) == 1:
@@ -89,13 +99,32 @@ def bind(step: Step, rank: Rank) -> Bound:
         return functools.partial(ops.enter, group=rank.group(step.common))
     if isinstance(step, Mask):
         return functools.partial(ops.mask, keep=rank.rank == 0)
+    axes, inner = rank.inner(step.axes)
+    dim = step.dim if inner is None else step.dim + 1
+    fn: Bound
     if isinstance(step, Take):
-        starts, lengths = rank.take(step.axes)
-        return functools.partial(ops.take, dim=step.dim, starts=starts, lengths=lengths)
-    sizes, starts, lengths = rank.gather(step.axes)
-    return functools.partial(
-        ops.gather, dim=step.dim, sizes=sizes, perm_starts=starts, perm_lengths=lengths, group=rank.prefix
-    )
+        starts, lengths = rank.take(axes)
+        fn = functools.partial(ops.take, dim=dim, starts=starts, lengths=lengths)
+        before = inner
+    else:
+        sizes, starts, lengths = rank.gather(axes)
+        fn = functools.partial(
+            ops.gather, dim=dim, sizes=sizes, perm_starts=starts, perm_lengths=lengths, group=rank.prefix
+        )
+        before = rank.size(axes)
+    return fn if inner is None or before is None else Unflattened(fn, step.dim, before)
+
+
+@dataclass(frozen=True, slots=True)
+class Unflattened:
+    """``fn`` on a dim with its minor part, of size ``inner``, split off: the major part may be of any size."""
+
+    fn: Bound
+    dim: int
+    inner: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.fn(x.unflatten(self.dim, (-1, self.inner))).flatten(self.dim, self.dim + 1)
 
 
 def describe(step: Step, rank: Rank) -> tuple[object, ...]:
@@ -106,13 +135,10 @@ def describe(step: Step, rank: Rank) -> tuple[object, ...]:
         return ("enter", rank.group(step.common))
     if isinstance(step, Mask):
         return ("mask", rank.rank == 0)
+    axes, inner = rank.inner(step.axes)
+    dim = step.dim if inner is None else step.dim + 1
     if isinstance(step, Take):
-        starts, lengths = rank.take(step.axes)
-        return ("take", step.dim, tuple(starts), tuple(lengths))
-    sizes, starts, lengths = rank.gather(step.axes)
-    return ("gather", step.dim, tuple(sizes), tuple(starts), tuple(lengths), rank.prefix)
-
-
-def all_parts(commons: Iterable[Iterable[Atom]], rank: Rank) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-    """Every group that these steps need: name → its parts."""
-    return {rank.group(common): rank.parts(common) for common in commons}
+        starts, lengths = rank.take(axes)
+        return ("take", dim, tuple(starts), tuple(lengths))
+    sizes, starts, lengths = rank.gather(axes)
+    return ("gather", dim, tuple(sizes), tuple(starts), tuple(lengths), rank.prefix)

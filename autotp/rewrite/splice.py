@@ -26,20 +26,31 @@ RIGHT = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """A size in proportion to what the code says: `B * n_head` becomes `(B * n_head) * 4 // 8`, for any B."""
+
+    local: int
+    whole: int
+
+    def of(self, size: int) -> int:
+        return size * self.local // self.whole
+
+
+@dataclass(frozen=True, slots=True)
 class SizeAt:
-    """Give int leaf `index` of the call's arguments (counted as in `Call.ints`) the constant `value`.
+    """Give int leaf `index` of the call's arguments (counted as in `Call.ints`) the constant `value`, or scale it.
 
     `paths` says where each int leaf sits (`Call.ints`) and `func` which call it was; without them only calls
     can be patched whose source shows the leaf (`y.view(B, T, C)`). Use `SizeAt.of`.
     """
 
     index: int
-    value: int
+    value: int | Scaled
     paths: tuple[Path, ...] | None = None
     func: str = ""
 
     @classmethod
-    def of(cls, call: Call, index: int, value: int) -> SizeAt:
+    def of(cls, call: Call, index: int, value: int | Scaled) -> SizeAt:
         return cls(index, value, tuple(path for path, _ in call.ints), call.func)
 
 
@@ -54,9 +65,9 @@ class Wrap:
 class WrapArg:
     """Replace one argument A by `fn(A)`.
 
-    `where` is the position in the call as torch sees it (`x` of `x.view()` and the left operand are 0, the right
-    one is 1), the name of a keyword argument, or the path of the operand of the ATen op that the call makes:
-    ("args", 0, 1) is `b` of `torch.cat([a, b])`.
+    `where` is the position in the call as torch sees it (`x` of `x.view()` and the left operand are 0, the
+    right one is 1), the name of a keyword argument, or the path of the operand of the ATen op that the call
+    makes: ("args", 0, 1) is `b` of `torch.cat([a, b])`.
     """
 
     where: int | str | Path
@@ -135,7 +146,7 @@ class Splices:
                 f"{self._replaced[start, end].strip()} and {new.strip()}"
             )
 
-    def size(self, start: int, end: int, index: int, value: int, arguments: bool = False) -> None:
+    def size(self, start: int, end: int, index: int, value: int | Scaled, arguments: bool = False) -> None:
         """Have int leaf `index` of the value of a span (or of the call's arguments that stand there) replaced
         when it is computed.
         """
@@ -397,6 +408,9 @@ def _size(splices: Splices, node: ast.AST, edit: SizeAt, resolve: Callable[[ast.
             target, rest = part, rest[1:]
         else:
             break
+    if not rest and isinstance(edit.value, Scaled):
+        splices.wrap(target, "((", f") * {edit.value.local} // {edit.value.whole})")
+        return
     if not rest:
         splices.replace(target, value)
         return
@@ -476,7 +490,7 @@ def _paths_from_source(node: ast.AST) -> tuple[Path, ...]:
     raise RewriteError("the source does not show which argument holds the size: give its path")
 
 
-def replace_sizes(value: Any, sizes: Mapping[int, int]) -> Any:
+def replace_sizes(value: Any, sizes: Mapping[int, int | Scaled]) -> Any:
     """`value`, an int or a nest of tuples, lists and slices, with int leaf number i made `sizes[i]`."""
     count = 0
 
@@ -486,7 +500,8 @@ def replace_sizes(value: Any, sizes: Mapping[int, int]) -> Any:
             return leaf
         if isinstance(leaf, int):
             count += 1
-            return sizes.get(count - 1, leaf)
+            new = sizes.get(count - 1, leaf)
+            return new.of(leaf) if isinstance(new, Scaled) else new
         if isinstance(leaf, tuple | list):
             items = [visit(item) for item in leaf]
             return items if isinstance(leaf, list) else tuple(items)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from ..axes.analysis import Analysis
+from ..axes.term import atoms_of as term_atoms
 from ..errors import AutoTPError, RewriteError, VerifyError
 from ..plan.planner import Choice
 from ..runtime.group import pretend_group
 from ..trace.graph import Trace
-from ..trace.provenance import Const, expression
+from ..trace.provenance import AttrPath, Const, Dim, Expr, Op, evaluate, expression
 from .anchors import Anchors
 from .apply import AttrKey, LocalConstants, apply, attribute_of, sharded_atoms
 from .bind import Rank
@@ -22,6 +23,7 @@ from .constants import Equation, solve
 from ..axes.layout import Partition
 from .patch import Patch, SizeAt
 from .program import Program, compile_program
+from .splice import Scaled
 from .steps import AllReduce, Enter
 from .verify import Verifier
 from .wanted import Wanted, wanted_ints
@@ -87,8 +89,38 @@ def local_constants(
                 "but no expression of the source passes it",
                 want.call.module,
             )
-        patches[want.call.module].append(Patch(want.call.frames, (SizeAt.of(want.call, want.index, want.local),)))
+        value = _patched_size(want, analysis, dim, lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path)))
+        patches[want.call.module].append(Patch(want.call.frames, (SizeAt.of(want.call, want.index, value),)))
     return LocalConstants(dict(solution.attrs), {fqn: tuple(dict.fromkeys(found)) for fqn, found in patches.items()})
+
+
+def _patched_size(
+    want: Wanted,
+    analysis: Analysis,
+    dim: Callable[[fx.Node, int], int],
+    attr: Callable[[str, AttrPath], int],
+) -> int | Scaled:
+    """A constant; or, where the size also counts the batch or the sequence, what the code says in proportion."""
+    expr = expression(want.call.ints[want.index][1])
+    if not any(_varies(analysis, leaf) for leaf in sizes_in(expr)):
+        return want.local
+    said = evaluate(expr, attr, dim)
+    return Scaled(want.local, said)
+
+
+def _varies(analysis: Analysis, size: Dim) -> bool:
+    """Whether a size is the batch's or the sequence's: an axis of an input, which another call may have of another size."""
+    dims = analysis.dims.get(size.node)
+    return dims is None or any(atom in analysis.frozen for atom in term_atoms(dims[0][size.dim]))
+
+
+def sizes_in(expr: Expr) -> Iterator[Dim]:
+    """The sizes of values in an expression."""
+    if isinstance(expr, Dim):
+        yield expr
+    elif isinstance(expr, Op):
+        for arg in expr.args:
+            yield from sizes_in(arg)
 
 
 def rewrite_and_verify(
