@@ -1,18 +1,15 @@
 """A plan as text: what each rank holds, one row a kind of parameter, the collectives, and what stays whole.
 
-Repeated layers fold into one row (``layers.0-125``). On a terminal the table has colours and the terminal's
-width; everywhere else it is plain text at 110 columns, the same on every machine: plans can be golden files.
-This module knows a plan by its attributes only and imports nothing of autotp.
+On a terminal the table has colours and the terminal's width; everywhere else it is plain text at 120 columns,
+the same on every machine: plans can be golden files. This module knows a plan by its attributes only and
+imports nothing of autotp.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
-import re
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -20,33 +17,39 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 110
+WIDTH = 120
 
 
 class EntryLike(Protocol):
     @property
-    def name(self) -> str: ...  # a parameter's fqn
+    def name(self) -> str: ...  # a parameter's fqn, layers.{0-2}.q.weight for that of repeated layers
     @property
-    def placement(self) -> str: ...  # "S(0)", "R", "S(0) column" …
+    def count(self) -> int: ...  # of how many layers
     @property
-    def dims(self) -> str: ...  # its logical axes, "heads·64 , model"
+    def placement(self) -> str: ...  # "column", "row", "vocab", "shard", "replicate"
     @property
-    def global_bytes(self) -> int: ...
+    def dims(self) -> str: ...  # its logical axes, "H8/2·D64 , M512"
     @property
-    def local_bytes(self) -> tuple[int, ...]: ...  # of each rank
+    def global_bytes(self) -> int: ...  # of one of them
+    @property
+    def local_bytes(self) -> tuple[int, ...]: ...  # of one of them on each rank
     @property
     def note(self) -> str: ...
 
 
 class CollectiveLike(Protocol):
     @property
-    def phase(self) -> str: ...  # "forward" or "backward"
+    def phase(self) -> str: ...  # "forward", "backward" or "step"
     @property
     def kind(self) -> str: ...  # "all_reduce", "all_gather"
     @property
-    def where(self) -> str: ...  # the fqn of the module whose value is communicated
+    def where(self) -> str: ...  # the fqn of the module (or parameter) whose value is communicated
     @property
-    def cost_bytes(self) -> int: ...
+    def op(self) -> str: ...  # the op that makes it
+    @property
+    def bytes(self) -> int: ...  # of one of them
+    @property
+    def count(self) -> int: ...
 
 
 class PlanLike(Protocol):
@@ -54,6 +57,12 @@ class PlanLike(Protocol):
     def tp(self) -> int: ...
     @property
     def entries(self) -> Sequence[EntryLike]: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def sharded_bytes(self) -> int: ...
+    @property
+    def proven(self) -> bool: ...
     @property
     def collectives(self) -> Sequence[CollectiveLike]: ...
     @property
@@ -70,42 +79,45 @@ def table(plan: PlanLike, width: int = WIDTH) -> str:
 def render(plan: PlanLike) -> RenderableType:
     """The plan for a rich console."""
     parts: list[RenderableType] = [_summary(plan), "", _entries(plan), ""]
-    for phase in ("forward", "backward"):
-        parts.append(_collectives([c for c in plan.collectives if c.phase == phase], phase))
-    if plan.notes:
+    for phase, words in PHASES.items():
+        found = [c for c in plan.collectives if c.phase == phase]
+        if found or phase != "step":
+            parts.append(_collectives(found, words))
+    notes = list(plan.notes)
+    if not plan.proven:
+        notes.insert(0, "There were too many sets of axes to compare all: this is the best of those compared.")
+    if notes:
         parts += ["", Text("Notes", style="bold")]
-        parts += [Padding(Text(note), (0, 0, 0, 2)) for note in plan.notes]
+        parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]
     return Group(*parts)
 
 
+PHASES = {"forward": "forward", "backward": "backward", "step": "of gradients, once a step"}
+
+
 def _summary(plan: PlanLike) -> Text:
-    total = sum(e.global_bytes for e in plan.entries)
-    sharded = sum(e.global_bytes for e in plan.entries if max(e.local_bytes) < e.global_bytes)
-    held = [sum(e.local_bytes[rank] for e in plan.entries) for rank in range(plan.tp)]
+    total, sharded = plan.weight_bytes, plan.sharded_bytes
+    held = [sum(e.local_bytes[rank] * e.count for e in plan.entries) for rank in range(plan.tp)]
     share = f"{percent(sharded, total)} of {size(total)} of weights sharded"
     return Text(f"tp={plan.tp}: {share}, {ranks(held)} on each rank")
 
 
 def _entries(plan: PlanLike) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    out.add_column("parameter", overflow="fold")
-    out.add_column("count", justify="right", no_wrap=True)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    longest = max((len(entry.name) for entry in plan.entries), default=0)
+    out.add_column("parameter", overflow="fold", min_width=min(longest, 42))
     out.add_column("placement", no_wrap=True)
     out.add_column("logical axes", overflow="fold")
-    out.add_column("each", justify="right", no_wrap=True)
+    out.add_column("bytes", justify="right", no_wrap=True)
     out.add_column("on a rank", justify="right", no_wrap=True)
     reasons: dict[str, int] = {}
-    for name, group in fold(
-        (e.name, (e.placement, e.dims, e.global_bytes, e.local_bytes, e.note), e) for e in plan.entries
-    ):
-        entry = group[0]
+    for entry in plan.entries:
         mark = f" [{reasons.setdefault(entry.note, len(reasons) + 1)}]" if entry.note else ""
         out.add_row(
-            Text(name),
-            Text(f"x{len(group)}" if len(group) > 1 else ""),
-            Text(entry.placement + mark, style="" if max(entry.local_bytes) < entry.global_bytes else "dim"),
+            Text(entry.name),
+            Text(entry.placement + mark, style="dim" if entry.placement == "replicate" else ""),
             Text(entry.dims),
-            Text(size(entry.global_bytes)),
+            Text((f"{entry.count} x " if entry.count > 1 else "") + size(entry.global_bytes)),
             Text(ranks(entry.local_bytes)),
         )
     if reasons:
@@ -114,63 +126,17 @@ def _entries(plan: PlanLike) -> Table:
     return out
 
 
-def _collectives(collectives: Sequence[CollectiveLike], phase: str) -> RenderableType:
+def _collectives(collectives: Sequence[CollectiveLike], words: str) -> RenderableType:
     if not collectives:
-        return Text(f"No collectives {phase}.", style="bold")
-    number = "1 collective" if len(collectives) == 1 else f"{len(collectives)} collectives"
-    head = f"{number} {phase}, {size(sum(c.cost_bytes for c in collectives))}"
+        return Text(f"No collectives {words}.", style="bold")
+    many = sum(c.count for c in collectives)
+    number = "1 collective" if many == 1 else f"{many} collectives"
+    head = f"{number} {words}, {size(sum(c.bytes * c.count for c in collectives))}"
     rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for where, group in fold((c.where, (c.kind, c.cost_bytes), c) for c in collectives):
-        count = f"x{len(group)}" if len(group) > 1 else ""
-        rows.add_row(
-            Text(group[0].kind), Text(where or "(model)"), Text(count), Text(size(group[0].cost_bytes))
-        )
+    for c in collectives:
+        count = f"x{c.count}" if c.count > 1 else ""
+        rows.add_row(Text(c.kind), Text(c.where or "(model)"), Text(c.op), Text(count), Text(size(c.bytes)))
     return Group(Text(head, style="bold"), Padding(rows, (0, 0, 0, 2)))
-
-
-T = TypeVar("T")
-
-
-def fold(items: Iterable[tuple[str, Hashable, T]]) -> list[tuple[str, list[T]]]:
-    """Join items whose names differ in numbers only and whose keys are equal, in the order of the first ones.
-
-    ``layers.0.q``, ``layers.1.q``, ``layers.3.q`` -> ``layers.0-1,3.q``. Where two numbers vary and not every
-    pair of them occurs, the items stay apart.
-    """
-    groups: dict[Hashable, list[tuple[str, T]]] = defaultdict(list)
-    for name, key, item in items:
-        groups[re.sub(r"(?<![^.])\d+(?![^.])", "*", name), key].append((name, item))
-    result: list[tuple[str, list[T]]] = []
-    for members in groups.values():
-        joined = _join([name for name, _ in members])
-        if joined is None:
-            result.extend((name, [item]) for name, item in members)
-        else:
-            result.append((joined, [item for _, item in members]))
-    return result
-
-
-def _join(names: list[str]) -> str | None:
-    columns = [
-        list(dict.fromkeys(column)) for column in zip(*(name.split(".") for name in names), strict=True)
-    ]
-    if len(set(names)) == 1:  # the same module several times
-        return names[0]
-    if len(list(itertools.product(*columns))) != len(names):
-        return None
-    return ".".join(column[0] if len(column) == 1 else _numbers(column) for column in columns)
-
-
-def _numbers(column: list[str]) -> str:
-    """``["0", "1", "2", "5"]`` -> ``0-2,5``"""
-    numbers = sorted(map(int, column))
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def size(number_of_bytes: int) -> str:
@@ -186,7 +152,10 @@ def size(number_of_bytes: int) -> str:
 def ranks(local_bytes: Sequence[int]) -> str:
     """What each rank holds: one size where they are equal, the least and the most where they are not."""
     least, most = size(min(local_bytes)), size(max(local_bytes))
-    return most if least == most else f"{least} to {most}"
+    if least == most:
+        return most
+    number, unit = least.split()
+    return f"{number if most.endswith(' ' + unit) else least} to {most}"
 
 
 def percent(part: int, whole: int) -> str:

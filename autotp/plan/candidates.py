@@ -104,7 +104,7 @@ def _neighbours(dim: Dim) -> Iterator[tuple[Atom, Atom]]:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def _keys(analysis: Analysis) -> dict[Atom, str]:
+def axis_keys(analysis: Analysis) -> dict[Atom, str]:
     """A name for each axis that corresponding axes of repeated layers share: where it stands first."""
     places: dict[Atom, str] = {}
     for fqn, node in analysis.trace.params.items():
@@ -116,7 +116,7 @@ def _keys(analysis: Analysis) -> dict[Atom, str]:
 
 def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
     """Every axis, and every nested pair of axes, of the model's parameters that ``tp`` ranks can share."""
-    keys = _keys(analysis)
+    keys = axis_keys(analysis)
     frozen = analysis.frozen | _gathered_weights(analysis)
     found: dict[tuple[Atom, ...], Candidate] = {}
     for fqn, node in analysis.trace.params.items():

@@ -1,0 +1,229 @@
+"""From the planner's answer, which speaks of atoms and nodes of a folded trace, to a `Plan` in the model's own names."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx, nn
+
+from ..axes.analysis import Analysis
+from ..axes.layout import Partition, local_shape
+from ..axes.term import Atom, Dim, show
+from ..trace.fold import Folds
+from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
+from .letters import letters
+from .names import fold
+from .placement import Uses
+from .plan import Axis, Collective, Entry, Plan
+from .planner import Choice
+from .reductions import nbytes
+
+
+def build_plan(
+    model: nn.Module,
+    tp: int,
+    analysis: Analysis,
+    choice: Choice,
+    folds: Folds,
+    *,
+    fingerprint: str,
+    diff: str = "",
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan of ``model`` (the original, unfolded one) for an analysis of its (folded) skeleton.
+
+    Repeated layers count as often as they are there.
+    """
+    return _Builder(model, tp, analysis, choice, folds).build(fingerprint, diff, notes)
+
+
+class _Builder:
+    def __init__(self, model: nn.Module, tp: int, analysis: Analysis, choice: Choice, folds: Folds) -> None:
+        self.model = model
+        self.tp = tp
+        self.analysis = analysis
+        self.choice = choice
+        self.folds = folds
+        self.ranges = choice.ranges
+        self.sharded = frozenset(self.ranges)
+        self.partition = Partition({atom.id: ranges for atom, ranges in self.ranges.items()})
+        self.letters = letters(analysis, self.sharded)
+        self.uses = Uses(analysis)
+        found = candidates(analysis, tp)
+        _, self.against = conflicts(analysis, found)
+        self.candidates_of: dict[Atom, list[Candidate]] = defaultdict(list)
+        for candidate in found:
+            for atom in candidate.atoms:
+                self.candidates_of[atom].append(candidate)
+
+    def build(self, fingerprint: str, diff: str, notes: Sequence[str]) -> Plan:
+        entries = self.entries()
+        return Plan(
+            tp=self.tp,
+            model=type(self.model).__name__,
+            fingerprint=fingerprint,
+            proven=self.choice.proven,
+            weight_bytes=sum(e.global_bytes * e.count for e in entries),
+            sharded_bytes=self.sharded_bytes(),
+            axes=self.axes(),
+            entries=entries,
+            collectives=self.collectives(),
+            notes=tuple(notes),
+            patches=diff,
+        )
+
+    # ---- axes
+
+    def axes(self) -> tuple[Axis, ...]:
+        found: dict[Axis, int] = defaultdict(int)
+        for candidate in self.choice.candidates:
+            axis = Axis(
+                candidate.key,
+                "·".join(self.letters[atom] for atom in candidate.atoms),
+                tuple(atom.size for atom in candidate.atoms),
+                tuple(tuple(stop - start for start, stop in ranges) for ranges in candidate.ranges),
+            )
+            found[axis] += self.layers(candidate.atoms[0])
+        return tuple(
+            replace(axis, layers=layers)
+            for axis, layers in sorted(found.items(), key=lambda item: (item[0].key, item[0].sizes))
+        )
+
+    def layers(self, atom: Atom) -> int:
+        """How many axes of the model this one of the skeleton stands for."""
+        for fqn, node in self.analysis.trace.params.items():
+            if fqn not in self.analysis.trace.is_buffer and atom in set(atoms_of(self.analysis.dims[node][0])):
+                return len(self.folds.originals(fqn))
+        return 1
+
+    # ---- entries
+
+    def originals(self) -> dict[str, str]:
+        """For each parameter of the model, its name in the skeleton."""
+        trace = self.analysis.trace
+        found: dict[str, str] = {}
+        for fqn in [*trace.params, *trace.aliases]:
+            for name in self.folds.originals(fqn):
+                found.setdefault(name, fqn)
+        return found
+
+    def entries(self) -> tuple[Entry, ...]:
+        trace = self.analysis.trace
+        stands = self.originals()
+        first: dict[int, str] = {}
+        tied: dict[str, list[str]] = defaultdict(list)
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            if first.setdefault(id(param), name) != name:
+                tied[first[id(param)]].append(name)
+        kinds: dict[str, Entry] = {}
+        named: list[tuple[str, Entry]] = []
+        for name in first.values():
+            fqn = trace.aliases.get(stands[name], stands[name])
+            if fqn not in kinds:
+                kinds[fqn] = self.entry(fqn)
+            entry = kinds[fqn]
+            if name in tied:
+                note = "; ".join(filter(None, ["tied to " + ", ".join(tied[name]), entry.note]))
+                entry = replace(entry, note=note)
+            named.append((name, entry))
+        return tuple(replace(entry, name=pattern, count=count) for pattern, entry, count in fold(named))
+
+    def entry(self, fqn: str) -> Entry:
+        """One parameter of the skeleton, its name and count left open."""
+        node = self.analysis.trace.params[fqn]
+        dims = self.analysis.dims[node][0]
+        whole = nbytes(node)
+        shape = tuple(node.meta["val"].shape)
+        local = tuple(local_shape(dims, self.partition, rank) for rank in range(self.tp))
+        width = node.meta["val"].element_size()
+        placement = self.uses.placement(node, self.sharded)
+        note = "" if placement != "replicate" else self.why_whole(node)
+        return Entry(
+            "", 0, placement, self.text(dims), shape, local, whole, tuple(math.prod(s) * width for s in local), note
+        )
+
+    def text(self, dims: Sequence[Dim]) -> str:
+        def name(atom: Atom) -> str:
+            ranges = self.ranges.get(atom)
+            return f"{self.letters[atom]}{atom.size}" + (f"/{len(set(ranges))}" if ranges else "")
+
+        return " , ".join(show(dim, name) for dim in dims) or "1"
+
+    def why_whole(self, node: fx.Node) -> str:
+        """Why no axis of a parameter is sharded: an op needs it whole, it is too small, or it loses against others."""
+        if self.tp == 1:
+            return ""
+        atoms = list(dict.fromkeys(atoms_of(self.analysis.dims[node][0])))
+        if not atoms:
+            return "a single element"
+        for user, _ in self.uses.ends(node):
+            for operand in self.analysis.ops[user].operands:
+                if operand.node is node and not set(atoms) <= set(atoms_of(operand.dims)):
+                    return f"{op_name(user)} needs it whole"
+        free = [atom for atom in atoms if atom not in self.analysis.frozen]
+        if not free:
+            return "an op needs it whole"
+        if all(atom.size < self.tp for atom in free):
+            return f"{self.axes_text(free)}: fewer elements than ranks"
+        against = {b for a in free for c in self.candidates_of[a] for o in self.against[c] for b in o.atoms} & self.sharded
+        if against:
+            order = sorted(against, key=lambda atom: atom.id)
+            return f"{self.axes_text(free)}: on one tensor with {self.axes_text(order)}, of which one can be sharded"
+        return f"{self.axes_text(free)}: whole"
+
+    def axes_text(self, atoms: Sequence[Atom]) -> str:
+        return ", ".join(dict.fromkeys(self.letters[atom] for atom in atoms))
+
+    def sharded_bytes(self) -> int:
+        trace = self.analysis.trace
+        total = 0.0
+        for fqn, node in trace.params.items():
+            if fqn not in trace.is_buffer:
+                share = sharded_share(self.analysis.dims[node][0], self.sharded)
+                total += nbytes(node) * share * len(self.folds.originals(fqn))
+        return round(total)
+
+    # ---- collectives
+
+    def collectives(self) -> tuple[Collective, ...]:
+        comm = self.choice.communication
+        order = {node: i for i, node in enumerate(self.analysis.trace.graph.nodes)}
+        names = {node: fqn for fqn, node in self.analysis.trace.params.items()}
+        found: list[tuple[str, Collective]] = []
+        gathered = {(c.producer, c.dim): c.producer for c in comm.conversions if c.kind == "gather"}
+        forward = [("all_reduce", node) for node in comm.reduce] + [("all_gather", node) for node in gathered.values()]
+        for kind, node in sorted(forward, key=lambda item: order[item[1]]):
+            found += self.at("forward", kind, node)
+        for node in sorted(comm.enter, key=order.__getitem__, reverse=True):
+            found += self.at("backward", "all_reduce", node)
+        for node in sorted(comm.sync, key=order.__getitem__):
+            for name in self.folds.originals(names[node]):
+                found.append((name, Collective("step", "all_reduce", "", "gradient", self.common_bytes(node), 0)))
+        return tuple(replace(c, where=where, count=count) for where, c, count in fold(found))
+
+    def at(self, phase: str, kind: str, node: fx.Node) -> list[tuple[str, Collective]]:
+        """A collective at a value, once for each layer that the skeleton's stands for."""
+        if node.op == "placeholder":
+            path = next((p.path for p in self.analysis.trace.inputs if p.node is node), ())
+            where, op = [str(path[-1]) if path else node.name], "input"
+        else:
+            module = node.meta.get("module", "")
+            where, op = list(self.folds.originals(module)) if module else [""], op_name(node)
+        return [(name, Collective(phase, kind, "", op, nbytes(node), 0)) for name in where]
+
+    def common_bytes(self, node: fx.Node) -> int:
+        """Of a parameter's gradient, what is summed: the part that several ranks hold."""
+        dims = self.analysis.dims[node][0]
+        common = 1 - sharded_share(dims, self.sharded)
+        if common > 0:
+            return round(nbytes(node) * common)
+        held = [math.prod(local_shape(dims, self.partition, rank)) for rank in range(self.tp)]
+        return max(held) * int(node.meta["val"].element_size())
+
+
+def op_name(node: fx.Node) -> str:
+    """``linear`` for ``aten.linear.default``."""
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
