@@ -50,6 +50,7 @@ class Site:
 
     def __str__(self) -> str:
         text = " ".join(self.text.split())
+        text = text if len(text) <= 100 else text[:99] + "…"
         where = f"{os.path.basename(self.filename)}:{self.line}"
         return f"{where} {text!r}" if text else f"{where} in {self.qualname}"
 
