@@ -1,23 +1,26 @@
 """Rules of fused attention: batch and heads pass, positions and the head dim are blocked.
 
-Grouped-query attention appears in three ways, and each leaves the queries' heads as ``K · G`` (kv heads, queries of one):
-keys expanded in the model (an ``expand`` made ``G``, so heads agree one by one), ``enable_gqa``, and a single
-kv head that broadcasts.
+Grouped-query attention appears in three ways, and each leaves the queries' heads as ``K · G`` (kv heads,
+queries of one): keys expanded in the model (an ``expand`` made ``G``, so heads agree one by one),
+``enable_gqa``, and a single kv head that broadcasts.
 """
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import whole_dims
+from autotp.axes.rules.dims import aten, whole_dims
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import CannotUnify, Dim
 
 
 @rule(
-    "aten.scaled_dot_product_attention", "aten._scaled_dot_product_attention_math",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_fused_attention_overrideable",
-)  # fmt: skip
+    *aten(
+        """
+        scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention
+        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
+        _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable
+        """
+    )
+)
 def attention(op: OpContext) -> None:
     """``softmax(q kᵀ + mask) v``, linear in v."""
     q, k, v = (op.tensor(name) for name in ("query", "key", "value"))
@@ -35,7 +38,7 @@ def attention(op: OpContext) -> None:
         for at in range(rank, 2, -1)
     ]
     positions, width = op.shape(q)[-2], op.shape(v)[-1]
-    out: list[Dim] = [*leading, *(op.whole(size) if size != 1 else () for size in (positions, width))]
+    out: list[Dim] = [*leading, *(op.whole(size) for size in (positions, width))]
     # the fused kernels also return the softmax's denominators, [batch, heads, positions], and seeds
     heads = tuple(op.solver.size(d) for d in leading)
     others = [
@@ -53,9 +56,12 @@ def attention(op: OpContext) -> None:
 
 
 def _grouped_heads(op: OpContext, q: int, keys: list[int], mask: int | None) -> Dim:
-    """Read the queries' heads as kv heads by queries of one (``enable_gqa``); the dim of the result's heads."""
+    """Read the queries' heads as kv heads by queries of one (``enable_gqa``); the result's heads."""
     heads, kv_heads = op.shape(q)[-3], op.shape(keys[0])[-3]
-    uses = [(q, op.rank(q) - 3), *([(mask, op.rank(mask) - 3)] if mask is not None and op.rank(mask) >= 3 else [])]
+    uses = [
+        (q, op.rank(q) - 3),
+        *([(mask, op.rank(mask) - 3)] if mask is not None and op.rank(mask) >= 3 else []),
+    ]
     every = [*uses, *((i, op.rank(i) - 3) for i in keys)]
     start = op.solver.mark()
     try:

@@ -1,20 +1,27 @@
-"""Rules of convolutions, pooling and resampling: positions are blocked, samples pass, channels are what matters.
+"""Rules of convolutions, pooling and resampling: positions are blocked, samples pass, channels are what
+matters.
 
-Channels read ``groups · rest``. Input channels of a group are contracted, groups pass (a depthwise convolution has nothing
-else), and a rank calls the op with its own number of groups.
+Channels read ``groups · rest``. Input channels of a group are contracted, groups pass (a depthwise
+convolution has nothing else), and a rank calls the op with its own number of groups.
 """
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import frozen_part, pass_but, split_groups, whole_dims
+from autotp.axes.rules.dims import aten, frozen_part, pass_but, split_groups, whole_dims
 from autotp.axes.rules.registry import OpContext, make_einsum_rule, rule
 from autotp.axes.term import CannotUnify, Dim
 
 
-@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution", "aten.cudnn_convolution",
-      "aten.mkldnn_convolution", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
+@rule(
+    *aten(
+        """
+        conv1d conv2d conv3d convolution _convolution cudnn_convolution mkldnn_convolution conv_transpose1d
+        conv_transpose2d conv_transpose3d
+        """
+    )
+)
 def convolution(op: OpContext) -> None:
-    """``[n, g·i, ...], [g·o, i, ...], [g·o] -> [n, g·o, ...]``; transposed, the weight is ``[g·i, o, ...]``."""
+    """``[n, g·i, ...], [g·o, i, ...], [g·o] -> [n, g·o, ...]``; a transposed weight is ``[g·i, o, ...]``."""
     x, weight = op.tensor("input" if "input" in op.args else "self"), op.tensor("weight")
     bias = op.tensor("bias") if op.has("bias") else None
     groups = int(op.args.get("groups", 1))
@@ -25,14 +32,18 @@ def convolution(op: OpContext) -> None:
     inputs = op.shape(x)[channel] // groups
     outputs = op.out_shapes()[0][channel] // groups
     # (operand, dim, whether it holds groups, role of the rest)
-    uses = [(x, channel, True, "i"), (weight, 0, True, "i" if transposed else "o"), (weight, 1, False, "o" if transposed else "i")]
+    uses = [
+        (x, channel, True, "i"),
+        (weight, 0, True, "i" if transposed else "o"),
+        (weight, 1, False, "o" if transposed else "i"),
+    ]
     uses += [] if bias is None else [(bias, 0, True, "o")]
     axes = _axes(op, uses, groups, {"i": inputs, "o": outputs})
     group, i_axis, o_axis = axes
     if i_axis:
         op.contract(i_axis)
     shape = op.out_shapes()[0]
-    out = [op.dims(x)[0]] * channel + [(*group, *o_axis)] + [op.whole(n) if n != 1 else () for n in shape[channel + 1 :]]
+    out = [op.dims(x)[0]] * channel + [(*group, *o_axis)] + [op.whole(n) for n in shape[channel + 1 :]]
     op.out(out)
     op.linear("mul", [x, weight])
     if bias is not None:
@@ -77,21 +88,29 @@ def _split(op: OpContext, dim: Dim, groups: int, rest: int) -> tuple[Dim, Dim]:
 
 
 @rule(
-    "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.max_pool1d_with_indices", "aten.max_pool2d_with_indices",
-    "aten.max_pool3d_with_indices", "aten.adaptive_max_pool1d", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool3d",
-)  # fmt: skip
+    *aten(
+        """
+        max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+        max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+        """
+    )
+)
 def pooling(op: OpContext) -> None:
     """Samples and channels pass; so in everything that resamples positions."""
     _by_position(op)
 
 
 @rule(
-    "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d",
-    "aten.adaptive_avg_pool3d", "aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool3d", "aten.upsample_nearest1d",
-    "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten._upsample_nearest_exact1d", "aten._upsample_nearest_exact2d",
-    "aten._upsample_nearest_exact3d", "aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d",
-    "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa",
-)  # fmt: skip
+    *aten(
+        """
+        avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
+        upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa
+        """
+    )
+)
 def linear_pooling(op: OpContext) -> None:
     """Averages and interpolations are linear."""
     op.linear("mul", [_by_position(op)])
@@ -123,7 +142,7 @@ def pixel_shuffle(op: OpContext) -> None:
         inner = frozen_part(op, squared)
         op.consume_as(i, at, (*channel, *inner))
         out[at] = channel
-    out[at + 1 :] = [op.whole(n) if n != 1 else () for n in shape[at + 1 :]]
+    out[at + 1 :] = [op.whole(n) for n in shape[at + 1 :]]
     op.out(out)
     op.linear("mul", [i])
 
@@ -144,7 +163,7 @@ def im2col(op: OpContext) -> None:
         pass_but(op, i, [at + 1])
         channel, _ = split_groups(op, i, at, op.shape(i)[at] // window)
         op.consume_as(i, at, (*channel, *frozen_part(op, window)))
-    op.out([*op.dims(i)[:at], channel, *(op.whole(n) if n != 1 else () for n in shape[at + 1 :])])
+    op.out([*op.dims(i)[:at], channel, *(op.whole(n) for n in shape[at + 1 :])])
     op.linear("mul", [i])
 
 
@@ -156,19 +175,30 @@ def grid_sampler(op: OpContext) -> None:
     make_einsum_rule(f"nc{at}, n{to}t -> nc{to}", blocked=at + "t", linear="mul", of=(0,))(op)
 
 
-@rule("aten.fft_fft", "aten.fft_ifft", "aten.fft_fft2", "aten.fft_ifft2", "aten.fft_fftn", "aten.fft_ifftn", "aten.fft_rfft",
-      "aten.fft_irfft", "aten.fft_rfft2", "aten.fft_irfft2", "aten.fft_rfftn", "aten.fft_irfftn", "aten.fft_hfft",
-      "aten.fft_ihfft", "aten.fft_fftshift", "aten.fft_ifftshift")  # fmt: skip
+@rule(
+    *aten(
+        """
+        fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2
+        fft_rfftn fft_irfftn fft_hfft fft_ihfft fft_fftshift fft_ifftshift
+        """
+    )
+)
 def fft(op: OpContext) -> None:
     """Transforms some dims whole; linear."""
     i = op.tensor("self")
     given = op.args.get("dim", -1)
     sizes = op.args.get("s")
-    dims = list(range(op.rank(i))) if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    dims = (
+        list(range(op.rank(i)))
+        if given is None
+        else list(given)
+        if isinstance(given, (list, tuple))
+        else [given]
+    )
     if given is None and sizes is not None:
         dims = dims[-len(sizes) :]
     at = {int(d) % op.rank(i) for d in dims}
     out = pass_but(op, i, at)
     shape = op.out_shapes()[0]
-    op.out([(op.whole(shape[d]) if shape[d] != 1 else ()) if d in at else dim for d, dim in enumerate(out)])
+    op.out([op.whole(shape[d]) if d in at else dim for d, dim in enumerate(out)])
     op.linear("mul", [i])

@@ -9,6 +9,11 @@ from autotp.axes.rules.registry import OpContext
 from autotp.axes.term import CannotUnify, Dim
 
 
+def aten(names: str) -> list[str]:
+    """The names of a list of ops, for `rule`."""
+    return [f"aten.{name}" for name in names.split()]
+
+
 def normalized(dim: Any, rank: int) -> list[int]:
     """A ``dim`` argument (an int, a list, ``None`` or ``[]`` for all of them) as sorted indices from 0."""
     if dim is None or dim == []:
@@ -18,13 +23,13 @@ def normalized(dim: Any, rank: int) -> list[int]:
 
 
 def pass_but(op: OpContext, i: int, blocked: Iterable[int]) -> list[Dim]:
-    """Block some dims of operand `i`: the dims of a result of its shape, in which those are fresh and whole."""
+    """Block some dims of operand `i`; the dims of a result of its shape, where those are fresh and whole."""
     at = set(blocked)
     dims = op.dims(i)
     sizes = op.shape(i)
     for d in at:
         op.block(i, d)
-    return [op.whole(sizes[d]) if d in at and sizes[d] != 1 else dim for d, dim in enumerate(dims)]
+    return [op.whole(sizes[d]) if d in at else dim for d, dim in enumerate(dims)]
 
 
 def block_all(op: OpContext, i: int) -> None:
@@ -35,16 +40,18 @@ def block_all(op: OpContext, i: int) -> None:
 
 def whole_dims(op: OpContext, result: int) -> list[Dim]:
     """Fresh whole axes of the shape of one result."""
-    return [op.whole(size) if size != 1 else () for size in op.out_shapes()[result]]
+    return [op.whole(size) for size in op.out_shapes()[result]]
 
 
 def frozen_part(op: OpContext, size: int) -> Dim:
-    """An axis that is never sharded, for the part of a dim that an op needs whole while the rest of it passes."""
-    return op.solver.fresh(size, frozen=True) if size != 1 else ()
+    """An axis that is never sharded: the part of a dim that an op needs whole while the rest passes."""
+    return op.solver.fresh(size, frozen=True)
 
 
 def split_groups(op: OpContext, i: int, d: int, groups: int) -> tuple[Dim, Dim]:
-    """Read dim `d` of operand `i` as ``groups · rest``; the two factors. Blocks the dim where it cannot be read so."""
+    """Read dim `d` of operand `i` as ``groups · rest``; the two factors. Blocks the dim where it cannot be
+    read so.
+    """
     dim = op.dims(i)[d]
     rest = op.shape(i)[d] // groups
     if groups == 1:

@@ -3,10 +3,11 @@
 The families differ only in how a Partial operand passes:
 
 * a sum (``add``, ``where``) takes Partial operands next to whole ones, which then count on one rank only;
-* a product (``mul``, ``div`` by a number) is linear in each factor; ``x + 1``, ``relu`` and the rest are not linear.
+* a product (``mul``, ``div`` by a number) is linear in each factor; ``x + 1``, ``relu`` and the rest are
+  not linear.
 
-An op in place is linear only where it scales the operand it writes into: masking that operand would change it for all
-who see it.
+An op in place is linear only where it scales the operand it writes into: masking that operand would change
+it for all who see it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from autotp.axes.rules.dims import in_place, pass_but
+from autotp.axes.rules.dims import aten, in_place, pass_but
 from autotp.axes.rules.registry import OpContext, is_tensor_node, rule
 from autotp.axes.term import CannotUnify
 
 NONLINEAR = """
-    abs absolute acos arccos acosh arccosh angle asin arcsin asinh arcsinh atan arctan atanh arctanh atan2 arctan2
-    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor
-    __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__
-    ceil celu clamp clamp_max clamp_min clip copysign cos cosh digamma elu eq erf erfc erfinv exp exp2 expm1
-    fix float_power floor floor_divide fmax fmin fmod frac gcd ge greater greater_equal gelu gt hardshrink hardsigmoid
-    hardswish hardtanh heaviside hypot i0 igamma igammac isclose isfinite isinf isnan isneginf isposinf isreal lcm ldexp
-    le leaky_relu less less_equal lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not
-    logical_or logical_xor logit lt maximum minimum mish mvlgamma nan_to_num ne nextafter not_equal polar polygamma pow
-    reciprocal relu relu6 remainder round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
-    sqrt square special_erf special_erfc special_exp2 special_expit special_expm1 special_i0 special_log1p tan tanh
-    tanhshrink threshold trunc xlogy xor max.other min.other
+    abs absolute acos arccos acosh arccosh angle asin arcsin asinh arcsinh atan arctan atanh arctanh atan2
+    arctan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __and__
+    __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__ ceil celu clamp
+    clamp_max clamp_min clip copysign cos cosh digamma elu eq erf erfc erfinv exp exp2 expm1 fix float_power
+    floor floor_divide fmax fmin fmod frac gcd ge greater greater_equal gelu gt hardshrink hardsigmoid
+    hardswish hardtanh heaviside hypot i0 igamma igammac isclose isfinite isinf isnan isneginf isposinf
+    isreal lcm ldexp le leaky_relu less less_equal lgamma log log10 log1p log2 log_sigmoid logaddexp
+    logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum mish mvlgamma
+    nan_to_num ne nextafter not_equal polar polygamma pow reciprocal relu relu6 remainder round rsqrt selu
+    sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt square special_erf special_erfc
+    special_exp2 special_expit special_expm1 special_i0 special_log1p tan tanh tanhshrink threshold trunc
+    xlogy xor max.other min.other
 """.split()
 
-LINEAR_UNARY = "neg negative positive conj_physical _conj _conj_physical conj resolve_conj resolve_neg real imag".split()
+LINEAR_UNARY = (
+    "neg negative positive conj_physical _conj _conj_physical conj resolve_conj resolve_neg real imag".split()
+)
 LINEAR_UNARY += "deg2rad rad2deg".split()
 
 
@@ -113,7 +117,13 @@ def _is_zero(value: Any) -> bool:
     return not is_tensor_node(value) and isinstance(value, (int, float)) and value == 0
 
 
-@rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+@rule(
+    *aten(
+        """
+        where.self where.ScalarOther where.ScalarSelf where.Scalar
+        """
+    )
+)
 def where(op: OpContext) -> None:
     """A choice between two tensors is a sum of both, each with zeros; with a zero it is a scaling."""
     pointwise(op)
@@ -126,7 +136,9 @@ def where(op: OpContext) -> None:
 
 @rule(*_targets(["masked_fill"]))
 def masked_fill(op: OpContext) -> None:
-    """Filling with zeros is a scaling; filling with anything else (``-inf`` above all) needs the whole sum first."""
+    """Filling with zeros is a scaling; filling with anything else (``-inf`` above all) needs the whole sum
+    first.
+    """
     pointwise(op)
     if _is_zero(op.args["value"]):
         op.linear("mul", [op.tensor("self")])
@@ -175,7 +187,13 @@ def glu(op: OpContext) -> None:
 # ---- random ops
 
 
-@rule("aten.dropout", "aten.dropout_", "aten.alpha_dropout", "aten.alpha_dropout_")
+@rule(
+    *aten(
+        """
+        dropout dropout_ alpha_dropout alpha_dropout_
+        """
+    )
+)
 def dropout(op: OpContext) -> None:
     """Random in training. Linear: all ranks draw one mask for a value that is not sharded."""
     in_place(op)
@@ -197,9 +215,17 @@ def native_dropout(op: OpContext) -> None:
         op.random()
 
 
-@rule("aten.feature_dropout", "aten.feature_dropout_", "aten.feature_alpha_dropout", "aten.feature_alpha_dropout_")
+@rule(
+    *aten(
+        """
+        feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_
+        """
+    )
+)
 def feature_dropout(op: OpContext) -> None:
-    """Drops whole channels (dims 0 and 1): the ranks of one channel have to agree, so the other dims are blocked."""
+    """Drops whole channels (dims 0 and 1): the ranks of one channel have to agree, so the other dims are
+    blocked.
+    """
     i = op.tensor("input")
     active = bool(op.args["train"]) and op.args["p"] != 0
     in_place(op)
@@ -211,11 +237,14 @@ def feature_dropout(op: OpContext) -> None:
 
 
 @rule(
-    "aten.bernoulli", "aten.bernoulli_", "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.uniform_",
-    "aten.normal_", "aten.exponential_", "aten.random_", "aten.geometric_", "aten.cauchy_", "aten.log_normal_",
-    "aten.poisson", "aten.rrelu", "aten.rrelu_", "aten.normal.Tensor_float", "aten.normal.float_Tensor",
-    "aten.normal.Tensor_Tensor", "aten.normal_functional",
-)  # fmt: skip
+    *aten(
+        """
+        bernoulli bernoulli_ rand_like randn_like randint_like uniform_ normal_ exponential_ random_
+        geometric_ cauchy_ log_normal_ poisson rrelu rrelu_ normal.Tensor_float normal.float_Tensor
+        normal.Tensor_Tensor normal_functional
+        """
+    )
+)
 def random_pointwise(op: OpContext) -> None:
     """Each element is drawn on its own."""
     pointwise(op)

@@ -1,8 +1,9 @@
 """Rules of lookups.
 
-An embedding is a contraction with a one-hot matrix: its vocabulary is contracted. On a rank with some of the rows, only
-indices of those are looked up, the others give zero, and the result is Partial (vocab-parallel). An op over local rows
-cannot be called with global indices as it is; whoever runs it (`ShardedEmbedding`) shifts and masks.
+An embedding is a contraction with a one-hot matrix: its vocabulary is contracted. On a rank with some of
+the rows, only indices of those are looked up, the others give zero, and the result is Partial
+(vocab-parallel). An op over local rows cannot be called with global indices as it is; whoever runs it
+(`ShardedEmbedding`) shifts and masks.
 """
 
 from __future__ import annotations
@@ -38,4 +39,4 @@ def one_hot(op: OpContext) -> None:
     """A new last dim, the classes, is whole."""
     i = op.tensor("self")
     classes = op.out_shapes()[0][-1]
-    op.out([*op.dims(i), op.whole(classes) if classes != 1 else ()])
+    op.out([*op.dims(i), op.whole(classes)])

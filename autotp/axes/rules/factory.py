@@ -1,24 +1,27 @@
 """Rules of ops that make tensors from nothing.
 
-Constant fills may be made smaller on a rank. What carries data (``arange``, random numbers) is made whole everywhere and
-then sliced: ``arange`` of a local size would count the wrong positions.
+Constant fills may be made smaller on a rank. What carries data (``arange``, random numbers) is made whole
+everywhere and then sliced: ``arange`` of a local size would count the wrong positions.
 """
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import whole_dims
+from autotp.axes.rules.dims import aten, whole_dims
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import Dim
 
 
 def _fresh(op: OpContext) -> list[Dim]:
-    return [op.solver.fresh(size) if size != 1 else () for size in op.out_shapes()[0]]
+    return [op.solver.fresh(size) for size in op.out_shapes()[0]]
 
 
 @rule(
-    "aten.zeros", "aten.ones", "aten.full", "aten.empty.memory_format", "aten.new_zeros", "aten.new_ones", "aten.new_full",
-    "aten.new_empty",
-)  # fmt: skip
+    *aten(
+        """
+        zeros ones full empty.memory_format new_zeros new_ones new_full new_empty
+        """
+    )
+)
 def fill(op: OpContext) -> None:
     """Every element is the same; `self` lends its dtype and device only."""
     if op.has("self"):
@@ -30,7 +33,13 @@ def fill(op: OpContext) -> None:
     op.local("size", lambda size: [size(dim) for dim in dims])
 
 
-@rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like")
+@rule(
+    *aten(
+        """
+        zeros_like ones_like full_like empty_like
+        """
+    )
+)
 def fill_like(op: OpContext) -> None:
     """The operand's shape, whatever it holds."""
     i = op.tensor("self")
@@ -40,10 +49,13 @@ def fill_like(op: OpContext) -> None:
 
 
 @rule(
-    "aten.arange", "aten.linspace", "aten.logspace", "aten.eye", "aten.scalar_tensor", "aten.tril_indices",
-    "aten.triu_indices", "aten.range", "aten.bartlett_window", "aten.blackman_window", "aten.hamming_window",
-    "aten.hann_window", "aten.kaiser_window",
-)  # fmt: skip
+    *aten(
+        """
+        arange linspace logspace eye scalar_tensor tril_indices triu_indices range bartlett_window
+        blackman_window hamming_window hann_window kaiser_window
+        """
+    )
+)
 def data(op: OpContext) -> None:
     """Made whole."""
     for i in op.all_tensors():
@@ -52,7 +64,13 @@ def data(op: OpContext) -> None:
     op.out(whole_dims(op, 0))
 
 
-@rule("aten.rand", "aten.randn", "aten.randint", "aten.randperm", "aten.normal.float_float")
+@rule(
+    *aten(
+        """
+        rand randn randint randperm normal.float_float
+        """
+    )
+)
 def random_data(op: OpContext) -> None:
     """Made whole, the same on every rank, so that the numbers do not depend on the degree."""
     data(op)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import block_all, pass_but, whole_dims
+from autotp.axes.rules.dims import aten, block_all, pass_but, whole_dims
 from autotp.axes.rules.registry import OpContext, block_everything, rule
 
 NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
 
 
-@rule("aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d", "aten.nll_loss_forward",
-      "aten.nll_loss2d_forward")  # fmt: skip
+@rule(
+    *aten(
+        """
+        cross_entropy_loss nll_loss nll_loss_nd nll_loss2d nll_loss_forward nll_loss2d_forward
+        """
+    )
+)
 def class_loss(op: OpContext) -> None:
     """``[n, c, ...]`` or ``[c]`` against indices ``[n, ...]`` (or probabilities like the input)."""
     if int(op.args["reduction"]) != NONE or len(op.out_shapes()) > 1:
@@ -28,9 +33,13 @@ def class_loss(op: OpContext) -> None:
 
 
 @rule(
-    "aten.mse_loss", "aten.l1_loss", "aten.smooth_l1_loss", "aten.huber_loss", "aten.binary_cross_entropy",
-    "aten.binary_cross_entropy_with_logits", "aten.kl_div", "aten.soft_margin_loss", "aten.poisson_nll_loss",
-)  # fmt: skip
+    *aten(
+        """
+        mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits
+        kl_div soft_margin_loss poisson_nll_loss
+        """
+    )
+)
 def pointwise_loss(op: OpContext) -> None:
     """One term an element."""
     operands = op.all_tensors()
@@ -49,8 +58,14 @@ def pointwise_loss(op: OpContext) -> None:
     op.out([])
 
 
-@rule("aten.cosine_embedding_loss", "aten.triplet_margin_loss", "aten.margin_ranking_loss", "aten.hinge_embedding_loss",
-      "aten.multi_margin_loss", "aten.multilabel_margin_loss", "aten.ctc_loss", "aten.multilabel_soft_margin_loss")  # fmt: skip
+@rule(
+    *aten(
+        """
+        cosine_embedding_loss triplet_margin_loss margin_ranking_loss hinge_embedding_loss multi_margin_loss
+        multilabel_margin_loss ctc_loss multilabel_soft_margin_loss
+        """
+    )
+)
 def other_loss(op: OpContext) -> None:
     """Whole."""
     for i in op.all_tensors():

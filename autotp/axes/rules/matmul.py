@@ -41,7 +41,11 @@ def matmul(op: OpContext) -> None:
     """Vectors have no row (or column) dim; the leading dims of batches broadcast."""
     left = "k" if len(op.args["self"].meta["val"].shape) == 1 else "...mk"
     right = "k" if len(op.args["other"].meta["val"].shape) == 1 else "...kn"
-    out = ("..." if "..." in left + right else "") + ("m" if "m" in left else "") + ("n" if "n" in right else "")
+    out = (
+        ("..." if "..." in left + right else "")
+        + ("m" if "m" in left else "")
+        + ("n" if "n" in right else "")
+    )
     _product(f"{left}, {right} -> {out}", (0, 1))(op)
 
 
@@ -93,14 +97,21 @@ def addbmm(op: OpContext) -> None:
 
 @rule("aten.einsum")
 def einsum(op: OpContext) -> None:
-    """The equation is the rule. A letter twice in one term (a diagonal) or ``...`` elsewhere than first is not known."""
+    """The equation is the rule. A letter twice in a term (a diagonal) or ``...`` not in front is not
+    known.
+    """
     equation = "".join(str(op.args["equation"]).split())
     left, arrow, right = equation.partition("->")
     if not arrow:
         letters = left.replace(".", "").replace(",", "")
-        right = ("..." if "..." in left else "") + "".join(c for c in sorted(set(letters)) if letters.count(c) == 1)
+        right = ("..." if "..." in left else "") + "".join(
+            c for c in sorted(set(letters)) if letters.count(c) == 1
+        )
     terms = left.split(",")
-    plain = all(len(set(t.replace(".", ""))) == len(t.replace(".", "")) and "..." not in t[1:] for t in [*terms, right])
+    plain = all(
+        len(set(t.replace(".", ""))) == len(t.replace(".", "")) and "..." not in t[1:]
+        for t in [*terms, right]
+    )
     if not plain or ("..." in left) != ("..." in right):
         block_everything(op)
         return
@@ -126,7 +137,9 @@ def tensordot(op: OpContext) -> None:
 
 @rule("aten._grouped_mm")
 def grouped_mm(op: OpContext) -> None:
-    """Rows (or columns, or the inner dim) in groups that end at ``offs``: the grouped dim and the groups are blocked."""
+    """Rows (or columns, or the inner dim) in groups that end at ``offs``: the grouped dim and the groups are
+    blocked.
+    """
     a, b = (len(op.args[name].meta["val"].shape) for name in ("self", "mat2"))
     text, blocked = {
         (2, 3): ("tk, ekn, e, n -> tn", "te"),

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import block_all, frozen_part, is_write, pass_but, split_groups, whole_dims
+from autotp.axes.rules.dims import aten, block_all, frozen_part, is_write, pass_but, split_groups, whole_dims
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import Dim
 
 
 @rule(
-    "aten.softmax.int", "aten.log_softmax.int", "aten._softmax", "aten._log_softmax", "aten.special_softmax",
-    "aten.special_log_softmax", "aten._safe_softmax", "aten.softmin",
-)  # fmt: skip
+    *aten(
+        """
+        softmax.int log_softmax.int _softmax _log_softmax special_softmax special_log_softmax _safe_softmax
+        softmin
+        """
+    )
+)
 def softmax(op: OpContext) -> None:
     """Normalises over one dim."""
     i = op.tensor("self")
     op.out(pass_but(op, i, [int(op.args["dim"]) % max(op.rank(i), 1)] if op.rank(i) else []))
 
 
-@rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm", "aten._fused_rms_norm")
+@rule(
+    *aten(
+        """
+        layer_norm rms_norm native_layer_norm _fused_rms_norm
+        """
+    )
+)
 def trailing_norm(op: OpContext) -> None:
     """Normalises over the last dims, whose weight and bias are as whole as they are."""
     i = op.tensor("input")
@@ -32,7 +42,7 @@ def trailing_norm(op: OpContext) -> None:
 
 @rule("aten.group_norm")
 def group_norm(op: OpContext) -> None:
-    """Channels read ``groups · rest``: groups pass (and fewer of them stay on a rank), the rest is blocked."""
+    """Channels read ``groups · rest``: groups pass (a rank has fewer of them), the rest is blocked."""
     i = op.tensor("input")
     groups = int(op.args["num_groups"])
     dims = pass_but(op, i, range(2, op.rank(i)))
@@ -77,7 +87,16 @@ def _by_channel(op: OpContext, statistics: bool, passing: list[int]) -> None:
     out[1] = op.join(channel)
     shapes = op.out_shapes()
     # the other results of the native ops: statistics by channel (empty outside training)
-    op.outs([out, *([out[1]] if shape == (op.shape(i)[1],) else whole_dims(op, k) for k, shape in enumerate(shapes) if k)])
+    op.outs(
+        [
+            out,
+            *(
+                [out[1]] if shape == (op.shape(i)[1],) else whole_dims(op, k)
+                for k, shape in enumerate(shapes)
+                if k
+            ),
+        ]
+    )
 
 
 @rule("aten.cosine_similarity", "aten.pairwise_distance")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import block_all, normalized, pass_but, whole_dims
+from autotp.axes.rules.dims import aten, block_all, normalized, pass_but, whole_dims
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import Dim
 
@@ -58,14 +58,16 @@ def mean(op: OpContext) -> None:
 
 
 @rule(
-    "aten.amax", "aten.amin", "aten.aminmax", "aten.argmax", "aten.argmin", "aten.max.default", "aten.max.dim",
-    "aten.min.default", "aten.min.dim", "aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default",
-    "aten.all.dim", "aten.all.dims", "aten.prod.default", "aten.prod.dim_int", "aten.var", "aten.std", "aten.var_mean",
-    "aten.std_mean", "aten.norm.Scalar", "aten.norm.ScalarOpt_dim", "aten.norm.ScalarOpt_dim_dtype",
-    "aten.norm.ScalarOpt_dtype", "aten.linalg_vector_norm", "aten.logsumexp", "aten.special_logsumexp", "aten.nanmean",
-    "aten.median.default", "aten.median.dim", "aten.nanmedian.default", "aten.nanmedian.dim", "aten.mode",
-    "aten.kthvalue", "aten.quantile.scalar", "aten.nanquantile.scalar",
-)  # fmt: skip
+    *aten(
+        """
+        amax amin aminmax argmax argmin max.default max.dim min.default min.dim any.default any.dim any.dims
+        all.default all.dim all.dims prod.default prod.dim_int var std var_mean std_mean norm.Scalar
+        norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype norm.ScalarOpt_dtype linalg_vector_norm logsumexp
+        special_logsumexp nanmean median.default median.dim nanmedian.default nanmedian.dim mode kthvalue
+        quantile.scalar nanquantile.scalar
+        """
+    )
+)
 def _blocked_reduction(op: OpContext) -> None:
     """All results have the shape that is left."""
     i = op.tensor("self")
@@ -77,9 +79,11 @@ def _blocked_reduction(op: OpContext) -> None:
 
 @rule("aten.linalg_norm", "aten.linalg_matrix_norm")
 def matrix_norm(op: OpContext) -> None:
-    """With neither dims nor an order it is the norm of all elements, else of the dims given (of the last two)."""
+    """Over the dims given; without them over all, and a matrix norm over the last two."""
     i = op.tensor("self" if "self" in op.args else "A")
     given = op.args.get("dim")
     matrix = "matrix" in str(op.node.target)
-    reduced = normalized(given, op.rank(i)) if given is not None or not matrix else [op.rank(i) - 2, op.rank(i) - 1]
+    reduced = (
+        normalized(given, op.rank(i)) if given is not None or not matrix else [op.rank(i) - 2, op.rank(i) - 1]
+    )
     op.out(_without(pass_but(op, i, reduced), reduced, bool(op.args.get("keepdim", False))))

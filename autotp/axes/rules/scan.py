@@ -1,8 +1,8 @@
-"""Rules of ops along one dim that keep its place: cumulative ones, sorting, differences. That dim is blocked."""
+"""Rules of ops along one dim (cumulative ones, sorting, differences), which is blocked."""
 
 from __future__ import annotations
 
-from autotp.axes.rules.dims import in_place, normalized, pass_but
+from autotp.axes.rules.dims import aten, in_place, normalized, pass_but
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import Dim
 
@@ -13,7 +13,13 @@ def _along(op: OpContext) -> tuple[int, list[Dim]]:
     return i, pass_but(op, i, [int(op.args.get("dim", -1)) % rank] if rank else [])
 
 
-@rule("aten.cumsum", "aten.cumsum_", "aten.flip", "aten.fliplr", "aten.flipud", "aten.roll", "aten.rot90")
+@rule(
+    *aten(
+        """
+        cumsum cumsum_ flip fliplr flipud roll rot90
+        """
+    )
+)
 def linear_scan(op: OpContext) -> None:
     """Linear; ``flip``, ``roll`` and ``rot90`` only move elements."""
     i = op.tensor("self")
@@ -31,9 +37,12 @@ def linear_scan(op: OpContext) -> None:
 
 
 @rule(
-    "aten.cumprod", "aten.cumprod_", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.sort.default",
-    "aten.sort.stable", "aten.argsort", "aten.renorm",
-)  # fmt: skip
+    *aten(
+        """
+        cumprod cumprod_ logcumsumexp cummax cummin sort.default sort.stable argsort renorm
+        """
+    )
+)
 def scan(op: OpContext) -> None:
     """Results of the operand's shape; not linear."""
     in_place(op)
@@ -49,7 +58,7 @@ def topk(op: OpContext) -> None:
     i, out = _along(op)
     at = int(op.args["dim"]) % op.rank(i) if op.rank(i) else 0
     shape = op.out_shapes()[0]
-    dims = [op.whole(shape[d]) if d == at and shape[d] != 1 else dim if d != at else () for d, dim in enumerate(out)]
+    dims = [op.whole(shape[d]) if d == at else dim for d, dim in enumerate(out)]
     op.outs([dims, dims])
 
 
@@ -63,7 +72,7 @@ def diff(op: OpContext) -> None:
         op.block(i, at)
     size = op.out_shapes()[0][at]
     op.out([
-        (op.whole(size) if size != 1 else ()) if d == at else op.join([(i, d) for i in operands]) for d in range(rank)
+        op.whole(size) if d == at else op.join([(i, d) for i in operands]) for d in range(rank)
     ])  # fmt: skip
     op.linear("add", operands)
 
@@ -86,5 +95,5 @@ def multinomial(op: OpContext) -> None:
     """Draws along the last dim."""
     i = op.tensor("self")
     out = pass_but(op, i, [op.rank(i) - 1])
-    op.out([*out[:-1], op.whole(op.out_shapes()[0][-1]) if op.out_shapes()[0][-1] != 1 else ()])
+    op.out([*out[:-1], op.whole(op.out_shapes()[0][-1])])
     op.random()
