@@ -73,6 +73,7 @@ class Communication:
         masked: operands that are whole but join a Partial sum: they count on one rank only.
         partial: values that are Partial on each rank (before the reduce, where there is one).
         enter: value → the uses that share one gradient all-reduce.
+        close: ops on gathered operands whose result is sliced again: between op and slice the gradient is made whole.
         sync: parameters whose gradient is summed after the backward (over ranks that hold the same slice).
         conversions: gathers and slices.
         cost_bytes: ring bytes of all of it; ``collectives``: how many.
@@ -82,6 +83,7 @@ class Communication:
     masked: frozenset[Edge] = frozenset()
     partial: frozenset[fx.Node] = frozenset()
     enter: dict[fx.Node, tuple[Edge, ...]] = field(default_factory=dict)
+    close: frozenset[fx.Node] = frozenset()
     sync: frozenset[fx.Node] = frozenset()
     conversions: tuple[Conversion, ...] = ()
     cost_bytes: int = 0
@@ -95,9 +97,12 @@ class Places:
     reduce: Callable[[fx.Node], int | None]
     enter: Callable[[fx.Node], int | None]
     mask: Callable[[Edge], bool]
+    contract: Callable[[fx.Node], bool]
 
 
-ANYWHERE = Places(reduce=lambda node: 0, enter=lambda node: 0, mask=lambda edge: True)
+ANYWHERE = Places(
+    reduce=lambda node: 0, enter=lambda node: 0, mask=lambda edge: True, contract=lambda node: True
+)
 
 
 class Flow:
@@ -158,12 +163,12 @@ class Flow:
         eager = self._forward(sharded, conversions, masks=True)
         if eager[3] + FINE <= forward_cost:  # masking whole addends pays only where it saves bytes
             reduce, partial, masked, forward_cost = eager
-        enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions)
+        close = self._closed(sharded, conversions)
+        enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions, close)
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        cost = forward_cost + backward_cost + sum(gathers.values())
-        return Communication(
-            reduce, masked, partial, enter, sync, conversions, cost, len(reduce) + len(enter) + len(sync) + len(gathers)
-        )
+        cost = forward_cost + backward_cost + sum(gathers.values()) + sum(map(all_reduce_cost, close))
+        count = len(reduce) + len(enter) + len(close) + len(sync) + len(gathers)
+        return Communication(reduce, masked, partial, enter, close, sync, conversions, cost, count)
 
     # ---- conversions ---------------------------------------------------------------------------
 
@@ -204,8 +209,26 @@ class Flow:
                     continue
                 if any(outer in held and inner not in held for outer, inner in pairs.items()):
                     raise PlanError(f"{node}: sums over an axis that ranks hold in common")
+                if not self.places.contract(node):
+                    raise PlanError(f"{node}: its rows cannot be looked up by part outside of an embedding module")
                 if not _covers(dim, sharded):
                     raise PlanError(f"{node}: sums over an axis that is sharded only in part")
+
+    def _closed(self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...]) -> frozenset[fx.Node]:
+        """Ops on gathered operands: a gather can only go backwards from a whole gradient.
+
+        Raises:
+            PlanError: a gathered value enters an op over another sharded axis.
+        """
+        ops = self.analysis.ops
+        gathering = {c.consumer for c in conversions if c.kind == "gather" and c.consumer is not None}
+        gathering = {n for n in gathering if n in self.differentiable}
+        sliced = {c.producer for c in conversions if c.kind == "take" and c.consumer is None}
+        for node in gathering:
+            operands = {a for operand in ops[node].operands for a in atoms_of(operand.dims)}
+            if sharded & operands or (node not in sliced and self.held_by_op(node, sharded)):
+                raise PlanError(f"{node}: a gathered value enters an op over another sharded axis")
+        return frozenset(gathering & sliced)
 
     # ---- forward -------------------------------------------------------------------------------
 
@@ -280,6 +303,7 @@ class Flow:
         flowing: frozenset[fx.Node],
         masked: frozenset[Edge],
         conversions: tuple[Conversion, ...],
+        close: frozenset[fx.Node],
     ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], int]:
         ops, dims = self.analysis.ops, self.analysis.dims
         gathered = {(c.producer, c.consumer) for c in conversions if c.kind == "gather"}
@@ -292,7 +316,7 @@ class Flow:
         mixed = {node for node in ops if held[node] and node not in disjoint and node in self.differentiable}
 
         def sharded_use(edge: Edge) -> bool:
-            if edge in masked or edge.producer in disjoint:
+            if edge in masked or edge.producer in disjoint or edge.consumer in close:
                 return False
             info = ops[edge.consumer]
             if info.linear.kind == "mul" and any(
@@ -310,8 +334,6 @@ class Flow:
         sources = {e for e in live if sharded_use(e)}
         if not sources:
             return {}, frozenset(), 0
-        if any((e.producer, e.consumer) in gathered for e in sources):
-            raise PlanError("a gathered value enters an op over another sharded axis")
 
         def needs_whole(node: fx.Node) -> bool:
             """Whether the op that made ``node`` can only go backwards from a whole gradient."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import fx, nn
 
 from ..plan.reductions import Edge, Places
@@ -59,6 +60,12 @@ class Anchors:
             kind = leaf_kind(self.modules[call.fqn])
             if kind is not None:
                 self.leaves[call.fqn] = kind
+        self.inner = {
+            call.fqn
+            for call in trace.calls
+            if call.fqn not in self.leaves and isinstance(self.modules[call.fqn], nn.Embedding)
+        }
+        """Embeddings with a forward of their own, around the lookup that `super().forward` does."""
         self.inputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
         self.outputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
         # Innermost first, so that a step sits as close to the op as a hook can.
@@ -77,6 +84,10 @@ class Anchors:
             if not fqn:
                 return None
             fqn = fqn.rpartition(".")[0]
+
+    def can_look_up(self, node: fx.Node) -> bool:
+        """Whether this embedding op can be made vocab-parallel: it is inside an embedding module."""
+        return node.meta.get("module", "") in self.inner or self.leaf_of(node) is not None
 
     def leaves_by(self, node: fx.Node) -> str | None:
         """The leaf module whose result ``node`` is."""
@@ -142,4 +153,7 @@ class Anchors:
         def mask(edge: Edge) -> bool:
             return self.leaf_of(edge.consumer) is None and self.site_of(edge.consumer) is not None
 
-        return Places(reduce=after, enter=enter, mask=mask)
+        def contract(node: fx.Node) -> bool:
+            return node.target is not torch.ops.aten.embedding.default or self.can_look_up(node)
+
+        return Places(reduce=after, enter=enter, mask=mask, contract=contract)

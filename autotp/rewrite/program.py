@@ -137,6 +137,8 @@ def planned_steps(
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
     for node in sorted(comm.reduce, key=order.__getitem__):
         after[node].append(AllReduce(common(node)))
+    for node in comm.close:
+        after[node].append(Enter())
     for c in comm.conversions:
         if c.consumer is None:
             (after if c.kind == "take" else outputs)[c.producer].append(
@@ -327,6 +329,7 @@ class _Compiler:
             for key, by_call in self.draft.wraps.items()
             for module, frames, operand in [key]
         )
+        leaves += [Leaf(fqn, "embedding") for fqn in sorted(self.anchors.inner) if f"{fqn}.weight" in slices]
         return Program(slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from ..axes.analysis import Analysis
+from ..axes.term import atoms_of
 from ..errors import VerifyError
 from ..plan.planner import Choice
 from ..plan.reductions import Edge
@@ -63,7 +64,7 @@ class Verifier:
         self.program = program
         self.anchors = anchors
         self.trace = analysis.trace
-        self.leaves = {leaf.fqn: leaf for leaf in program.leaves}
+        self.leaves = {leaf.fqn: leaf for leaf in program.leaves if leaf.fqn not in anchors.inner}
 
     def verify(self, local: Trace, rank: Rank) -> None:
         """Hold one rank's trace against the plan.
@@ -205,7 +206,8 @@ class _Comparison:
         missing = [n for n in node.all_input_nodes if n not in roots]
         if missing:
             raise self._error(node, f"reads {missing[0].name}, which stands for no value of the whole model")
-        key = (node.target, tuple(_operand_roots(node, roots)))
+        target = torch.ops.aten.embedding.default if _is_lookup(node) else node.target
+        key = (target, tuple(_operand_roots(node, roots)))
         twins = self.by_key.get(key, [])
         if not twins:
             raise self._error(node, "has no counterpart in the whole model: other operands, or another branch was taken")
@@ -241,11 +243,27 @@ class _Comparison:
         have_shape = _shape(node)
         if isinstance(node.meta.get("val"), torch.Tensor) and want_shape is not None and want_shape != have_shape:
             return f"makes shape {have_shape}, planned was {want_shape}"
+        contracted = info is not None and any(
+            a.id in self.rank.partition.ranges for dim in info.contracted for a in atoms_of(dim)
+        )
+        if _is_lookup(node) or (contracted and twin.target is torch.ops.aten.embedding.default):
+            return self._lookup_differs(node, twin, contracted)
         args, kwargs = local_args(self.analysis, twin, self.rank)
         want_args, have_args = _plain((args, kwargs)), _plain((node.args, node.kwargs))
         if want_args != have_args and not self._same_effect(node, twin, want_args, have_args):
             return f"has arguments {have_args}, planned was {want_args}"
         return None
+
+    def _lookup_differs(self, node: fx.Node, twin: fx.Node, contracted: bool) -> str | None:
+        """A lookup in some rows of the vocabulary has to know which rows they are."""
+        if not (contracted and _is_lookup(node)):
+            return "looks rows up by ids of the whole vocabulary" if contracted else "looks only some rows up"
+        weight = twin.args[0]
+        assert isinstance(weight, fx.Node)
+        starts, lengths = self.rank.take(self.analysis.dims[weight][0][0])
+        want = (tuple(starts), tuple(lengths), weight.meta["val"].shape[0])
+        have = (tuple(node.args[2]), tuple(node.args[3]), node.args[4])  # type: ignore[arg-type]
+        return None if want == have else f"looks up rows {have}, planned was {want}"
 
     def _same_effect(self, node: fx.Node, twin: fx.Node, want: Any, have: Any) -> bool:
         """Arguments that differ in writing only: -1 for a size, a slice's end beyond the last element."""
@@ -425,11 +443,15 @@ def _slice_of(args: Any, shape: Shape) -> tuple[int, int, int, int]:
 
 
 def _step_of(node: fx.Node) -> Described | None:
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "autotp":
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "autotp" or _is_lookup(node):
         return None
     name = node.target._schema.name.split("::")[-1]
     rest = tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[1:])
     return (name, *rest)
+
+
+def _is_lookup(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith("autotp::lookup")
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotp.errors import RewriteError
 from autotp.runtime import ops
 from autotp.runtime.edges import Gather
+from autotp.runtime.lookup import local_row, lookup
 from autotp.runtime.swap import Sharded, become, check_swappable
 
 Runs = tuple[tuple[int, int], ...]
@@ -38,8 +38,12 @@ class ShardedEmbedding(Sharded, nn.Embedding):
 
     @staticmethod
     def swap(module: nn.Embedding, options: EmbeddingOptions) -> None:
-        """Make ``module``, whose weight is local already, a sharded one. Changes it in place."""
-        check_swappable(module, nn.Embedding.forward, ("weight",))
+        """Make ``module``, whose weight is local already, a sharded one. Changes it in place.
+
+        A subclass with a forward of its own keeps that; where it calls ``super().forward`` it meets the sharded lookup.
+        """
+        own = type(module).forward is not nn.Embedding.forward
+        check_swappable(module, None if own else nn.Embedding.forward, ("weight",))
         _refuse(module, options)
         if options.rows is not None and sum(n for _, n in options.rows) != module.weight.shape[0]:
             raise RewriteError(
@@ -47,8 +51,8 @@ class ShardedEmbedding(Sharded, nn.Embedding):
                 f"{module.weight.shape[0]} rows."
             )
         if options.rows is not None and module.padding_idx is not None:
-            module.padding_idx = _local_row(module.padding_idx, options.rows)
-        become(module, ShardedEmbedding, options)
+            module.padding_idx = local_row(module.padding_idx, options.rows)
+        become(module, ShardedEmbedding, options, inner=own)
         ShardedEmbedding.refresh_sizes(module)  # type: ignore[arg-type]
 
     def refresh_sizes(self) -> None:
@@ -66,64 +70,12 @@ class ShardedEmbedding(Sharded, nn.Embedding):
                 sparse=self.sparse,
             )
         else:
-            out = self._vocab_parallel(input, tp.rows)
+            out = lookup(self.weight, input, tp.rows, tp.vocab, self.padding_idx)
         if tp.reduce is not None:
             out = ops.all_reduce(out, tp.reduce)
         if tp.gather is not None:
             out = tp.gather(out)
         return out
-
-    def _vocab_parallel(self, ids: Tensor, rows: Runs) -> Tensor:
-        """The rows of the ids that are here, zeros for those that other ranks have."""
-        local, elsewhere = _localize(ids, rows, self._tp.vocab)
-        if self.weight.shape[0] == 0:
-            # No rows at all. The weight stays in the graph, or this rank would miss the collectives of the
-            # backward.
-            nothing = self.weight.new_zeros(1, self.weight.shape[1])
-            return F.embedding(local, nothing) + self.weight.sum()
-        found = F.embedding(local, self.weight, self.padding_idx)
-        return found if elsewhere is None else found.masked_fill(elsewhere.unsqueeze(-1), 0)
-
-
-def _localize(ids: Tensor, rows: Runs, vocab: int) -> tuple[Tensor, Tensor | None]:
-    """Ids as row numbers of the local weight (0 where another rank has the row), and which ids are elsewhere.
-
-    An id outside the vocabulary must not pass as "elsewhere", or it would give zeros where the unsharded
-    model raises: it stays outside the local rows, so that the lookup raises.
-    """
-    if not rows:
-        elsewhere = (ids >= 0) & (ids < vocab)
-        return ids.masked_fill(elsewhere, 0), elsewhere
-    if len(rows) == 1:
-        start, length = rows[0]
-        sides = []
-        if start:
-            sides.append((ids >= 0) & (ids < start))
-        if start + length < vocab:
-            sides.append((ids >= start + length) & (ids < vocab))
-        local = ids - start if start else ids
-        if not sides:
-            return local, None
-        elsewhere = sides[0] if len(sides) == 1 else sides[0] | sides[1]
-        return local.masked_fill(elsewhere, 0), elsewhere
-    elsewhere = (ids >= 0) & (ids < vocab)
-    local = ids.masked_fill(elsewhere, 0)
-    offset = 0
-    for start, length in rows:
-        here = (ids >= start) & (ids < start + length)
-        local = torch.where(here, ids - start + offset, local)
-        elsewhere = elsewhere & ~here
-        offset += length
-    return local, elsewhere
-
-
-def _local_row(row: int, rows: Runs) -> int | None:
-    offset = 0
-    for start, length in rows:
-        if start <= row < start + length:
-            return row - start + offset
-        offset += length
-    return None
 
 
 def _refuse(module: nn.Embedding, options: EmbeddingOptions) -> None:

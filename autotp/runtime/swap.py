@@ -22,6 +22,7 @@ class Sharded(nn.Module):
 
     _tp: Any
     _sharded_from: type[nn.Module]
+    _sharded_as: tuple[type[nn.Module], bool]
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -29,13 +30,15 @@ class Sharded(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so it has no name by which pickle would find it.
-        mixin = type(self).__mro__[1]
-        return _blank, (mixin, self._sharded_from), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (*self._sharded_as, self._sharded_from), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-def become(module: nn.Module, mixin: type[Sharded], options: Any) -> None:
-    """Change the class of ``module`` to a sharded one; it must be unsharded, and its parameters plain."""
-    module.__class__ = _class_of(mixin, type(module))
+def become(module: nn.Module, mixin: type[Sharded], options: Any, inner: bool = False) -> None:
+    """Change the class of ``module`` to a sharded one; it must be unsharded, and its parameters plain.
+
+    With ``inner`` the module's own forward runs, and what it reaches by ``super()`` is the sharded one.
+    """
+    module.__class__ = _class_of(mixin, type(module), inner)
     module._tp = options
 
 
@@ -84,18 +87,18 @@ def take_runs(tensor: Tensor, dim: int, runs: Sequence[tuple[int, int]]) -> Tens
     return out.clone(memory_format=torch.contiguous_format)
 
 
-_classes: dict[tuple[type, type], Any] = {}
+_classes: dict[tuple[type, type, bool], Any] = {}
 
 
-def _class_of(mixin: type[Sharded], base: type[nn.Module]) -> Any:
-    if (mixin, base) in _classes:
-        return _classes[mixin, base]
-    name = mixin.__name__ if base.__module__.startswith("torch.nn") else f"Sharded{base.__name__}"
-    made = type(name, (mixin, base), {"_sharded_from": base, "__module__": mixin.__module__})
-    _classes[mixin, base] = made
-    return made
+def _class_of(mixin: type[Sharded], base: type[nn.Module], inner: bool) -> Any:
+    key = (mixin, base, inner)
+    if key not in _classes:
+        name = mixin.__name__ if base.__module__.startswith("torch.nn") else f"Sharded{base.__name__}"
+        marks = {"_sharded_from": base, "_sharded_as": (mixin, inner), "__module__": mixin.__module__}
+        _classes[key] = type(name, (base, mixin) if inner else (mixin, base), marks)
+    return _classes[key]
 
 
-def _blank(mixin: type[Sharded], base: type[nn.Module]) -> Any:
-    made = _class_of(mixin, base)
+def _blank(mixin: type[Sharded], inner: bool, base: type[nn.Module]) -> Any:
+    made = _class_of(mixin, base, inner)
     return made.__new__(made)
