@@ -85,7 +85,7 @@ class Copy:
         known.extend(e for e in edits if e not in known)
 
     def node(self, site: Site) -> ast.AST:
-        return self.located.text.node(site)
+        return self.located.node(site)
 
     def within(self, function: FunctionType) -> Copy | None:
         """The copy of `function`, which this one (a decorator's wrapper) calls through a closure cell."""

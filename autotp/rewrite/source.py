@@ -46,6 +46,9 @@ FUTURE_FLAGS = sum({getattr(_FUTURE, name).compiler_flag for name in _FUTURE.all
 
 _TYPE_PARAMS: dict[str, Any] = {"type_params": []} if sys.version_info >= (3, 12) else {}
 
+Span = tuple[int, int, int, int]
+"""Line, column, end line, end column."""
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -58,10 +61,6 @@ class Text:
     tree: ast.Module = field(repr=False)
     line_starts: tuple[int, ...] = field(repr=False)
     """Offset of each line in the UTF-8 bytes."""
-    spans: dict[tuple[int, int, int, int], ast.AST] = field(repr=False)
-    """Expressions and augmented assignments by (line, column, end line, end column), as bytecode records
-    them.
-    """
 
     def offset(self, line: int, col: int) -> int:
         return self.line_starts[line - 1] + col
@@ -76,16 +75,6 @@ class Text:
         start, end = self.span(node)
         return self.text.encode()[start:end].decode()
 
-    def node(self, site: Site) -> ast.AST:
-        """The expression at a site."""
-        found = self.spans.get((site.line, site.col, site.end_line, site.end_col))
-        if found is None:
-            raise RewriteError(
-                f"cannot patch {site.qualname}: no expression of {self.filename!r} spans line {site.line}, "
-                f"columns {site.col} to {site.end_col}"
-            )
-        return found
-
 
 @functools.lru_cache(maxsize=256)
 def parse(filename: str, text: str) -> Text:
@@ -94,8 +83,37 @@ def parse(filename: str, text: str) -> Text:
     starts = [0]
     for line in text.encode().split(b"\n"):
         starts.append(starts[-1] + len(line) + 1)
-    spans: dict[tuple[int, int, int, int], ast.AST] = {}
-    stack: list[ast.AST] = [tree]
+    return Text(filename, text, tree, tuple(starts))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Located:
+    """Where a function's code stands: the text, the chain of classes down to the outermost function around
+    it, and which of the equally named code objects on its first line it is.
+    """
+
+    text: Text
+    classes: tuple[ast.ClassDef, ...]
+    outermost: Function
+    code: CodeType
+    ordinal: int
+    spans: dict[Span, ast.AST] = field(repr=False)
+
+    def node(self, site: Site) -> ast.AST:
+        """The expression at a site."""
+        found = self.spans.get((site.line, site.col, site.end_line, site.end_col))
+        if found is None:
+            raise RewriteError(
+                f"cannot patch {site.qualname}: no expression of {self.text.filename!r} spans "
+                f"line {site.line}, columns {site.col} to {site.end_col}"
+            )
+        return found
+
+
+def _spans(root: ast.AST) -> dict[Span, ast.AST]:
+    """The expressions and augmented assignments in `root`, by where bytecode records them."""
+    spans: dict[Span, ast.AST] = {}
+    stack: list[ast.AST] = [root]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.JoinedStr):  # columns inside f-strings are not to be relied on
@@ -117,20 +135,7 @@ def parse(filename: str, text: str) -> Text:
             for length in {len(name), len(name.encode())}:
                 start = (func.end_lineno, func.end_col_offset - length)
                 spans.setdefault((*start, node.end_lineno, node.end_col_offset), node)
-    return Text(filename, text, tree, tuple(starts), spans)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Located:
-    """Where a function's code stands: the text, the chain of classes down to the outermost function around
-    it, and which of the equally named code objects on its first line it is.
-    """
-
-    text: Text
-    classes: tuple[ast.ClassDef, ...]
-    outermost: Function
-    code: CodeType
-    ordinal: int
+    return spans
 
 
 def locate(function: FunctionType) -> Located:
@@ -159,7 +164,7 @@ def _located(code: CodeType, filename: str, text: str) -> Located:
         found = _compile(parsed.tree, classes, outermost, code, injected, filename)
         for ordinal, candidate in enumerate(found):
             if same_code(candidate, code) or same_but_for_asserts(candidate, code):
-                return Located(parsed, classes, outermost, code, ordinal)
+                return Located(parsed, classes, outermost, code, ordinal, _spans(outermost))
             near = True
     what = (
         "is not what is running: the file was edited since, or an import hook changed the code"
@@ -310,6 +315,15 @@ def same_but_for_asserts(compiled: CodeType, running: CodeType) -> bool:
     )
 
 
+def _only(located: Located, text: str) -> str:
+    """The top-level statement of `text` that holds the function, under its line numbers."""
+    line = located.outermost.lineno
+    tops = [n for n in located.text.tree.body if n.lineno <= line <= (n.end_lineno or n.lineno)]
+    first = min(n.lineno for top in tops for n in [top, *getattr(top, "decorator_list", ())])
+    last = max(top.end_lineno or top.lineno for top in tops)
+    return "\n" * (first - 1) + "\n".join(text.split("\n")[first - 1 : last])
+
+
 def recompile(located: Located, text: str, names: Sequence[str]) -> CodeType:
     """The function's code, compiled from an edited text in which the free names `names` may occur."""
     return _recompiled(located, text, tuple(names))
@@ -322,7 +336,7 @@ def _recompiled(located: Located, text: str, names: tuple[str, ...]) -> CodeType
     base = os.path.basename(located.text.filename.strip("<>").split(" #")[0]).removeprefix("autotp ")
     filename = f"<autotp {base} #{digest}>"
     try:
-        tree = parse(filename, text).tree
+        tree = ast.parse(_only(located, text))
     except SyntaxError as error:
         line = text.split("\n")[(error.lineno or 1) - 1].strip()
         raise RewriteError(
@@ -333,5 +347,5 @@ def _recompiled(located: Located, text: str, names: tuple[str, ...]) -> CodeType
     wanted = [*names, *(n for n in old.co_freevars if n.startswith(PREFIX) and n not in names)]
     index = [node for _, node in _outermost(located.text.tree, old)].index(located.outermost)
     classes, outermost = list(_outermost(tree, old))[index]
-    code = _compile(tree, classes, outermost, old, wanted, filename)[located.ordinal]
+    code = _compile(located.text.tree, classes, outermost, old, wanted, filename)[located.ordinal]
     return code.replace(co_flags=old.co_flags, co_qualname=old.co_qualname)
