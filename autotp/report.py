@@ -85,7 +85,7 @@ def render(plan: PlanLike) -> RenderableType:
             parts.append(_collectives(found, words))
     notes = list(plan.notes)
     if not plan.proven:
-        notes.insert(0, "There were too many sets of axes to compare all: this is the best of those compared.")
+        notes.insert(0, "There were too many sets of axes to compare all: this is the best that was seen.")
     if notes:
         parts += ["", Text("Notes", style="bold")]
         parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]

@@ -1,4 +1,4 @@
-"""From the planner's answer, which speaks of atoms and nodes of a folded trace, to a `Plan` in the model's own names."""
+"""From the planner's answer, in atoms and nodes of a folded trace, to a `Plan` in the model's own names."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ class _Builder:
     def layers(self, atom: Atom) -> int:
         """How many axes of the model this one of the skeleton stands for."""
         for fqn, node in self.analysis.trace.params.items():
-            if fqn not in self.analysis.trace.is_buffer and atom in set(atoms_of(self.analysis.dims[node][0])):
+            if fqn not in self.analysis.trace.is_buffer and atom in set(
+                atoms_of(self.analysis.dims[node][0])
+            ):
                 return len(self.folds.originals(fqn))
         return 1
 
@@ -142,7 +144,15 @@ class _Builder:
         placement = self.uses.placement(node, self.sharded)
         note = "" if placement != "replicate" else self.why_whole(node)
         return Entry(
-            "", 0, placement, self.text(dims), shape, local, whole, tuple(math.prod(s) * width for s in local), note
+            "",
+            0,
+            placement,
+            self.text(dims),
+            shape,
+            local,
+            whole,
+            tuple(math.prod(s) * width for s in local),
+            note,
         )
 
     def text(self, dims: Sequence[Dim]) -> str:
@@ -153,7 +163,7 @@ class _Builder:
         return " , ".join(show(dim, name) for dim in dims) or "1"
 
     def why_whole(self, node: fx.Node) -> str:
-        """Why no axis of a parameter is sharded: an op needs it whole, it is too small, or it loses against others."""
+        """Why no axis of a parameter is sharded: needed whole by an op, too small, or excluded by others."""
         if self.tp == 1:
             return ""
         atoms = list(dict.fromkeys(atoms_of(self.analysis.dims[node][0])))
@@ -168,10 +178,13 @@ class _Builder:
             return "an op needs it whole"
         if all(atom.size < self.tp for atom in free):
             return f"{self.axes_text(free)}: fewer elements than ranks"
-        against = {b for a in free for c in self.candidates_of[a] for o in self.against[c] for b in o.atoms} & self.sharded
+        against = {
+            b for a in free for c in self.candidates_of[a] for o in self.against[c] for b in o.atoms
+        } & self.sharded
         if against:
             order = sorted(against, key=lambda atom: atom.id)
-            return f"{self.axes_text(free)}: on one tensor with {self.axes_text(order)}, of which one can be sharded"
+            others = self.axes_text(order)
+            return f"{self.axes_text(free)}: on one tensor with {others}, of which one can be sharded"
         return f"{self.axes_text(free)}: whole"
 
     def axes_text(self, atoms: Sequence[Atom]) -> str:
@@ -194,14 +207,18 @@ class _Builder:
         names = {node: fqn for fqn, node in self.analysis.trace.params.items()}
         found: list[tuple[str, Collective]] = []
         gathered = {(c.producer, c.dim): c.producer for c in comm.conversions if c.kind == "gather"}
-        forward = [("all_reduce", node) for node in comm.reduce] + [("all_gather", node) for node in gathered.values()]
+        forward = [("all_reduce", node) for node in comm.reduce] + [
+            ("all_gather", node) for node in gathered.values()
+        ]
         for kind, node in sorted(forward, key=lambda item: order[item[1]]):
             found += self.at("forward", kind, node)
         for node in sorted(comm.enter, key=order.__getitem__, reverse=True):
             found += self.at("backward", "all_reduce", node)
         for node in sorted(comm.sync, key=order.__getitem__):
             for name in self.folds.originals(names[node]):
-                found.append((name, Collective("step", "all_reduce", "", "gradient", self.common_bytes(node), 0)))
+                found.append(
+                    (name, Collective("step", "all_reduce", "", "gradient", self.common_bytes(node), 0))
+                )
         return tuple(replace(c, where=where, count=count) for where, c, count in fold(found))
 
     def at(self, phase: str, kind: str, node: fx.Node) -> list[tuple[str, Collective]]:

@@ -1,10 +1,9 @@
-"""A YAML file as plain data that knows its lines, so that an error names the line and the key. The safe loader only."""
+"""A YAML file as plain data that knows its lines: an error names the line and the key. The safe loader only."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,9 @@ class Document:
         line = next((self.lines[key[:n]] for n in range(len(key), -1, -1) if key[:n] in self.lines), None)
         return PlanError(f"{self.name}{'' if line is None else f':{line}'}: {text}")
 
-    def only(self, known: typing.Iterable[str], key: Key = (), value: Mapping[str, Any] | None = None) -> None:
+    def only(
+        self, known: typing.Iterable[str], key: Key = (), value: Mapping[str, Any] | None = None
+    ) -> None:
         """Refuse keys that nobody knows."""
         known = list(known)
         for name in self.value if value is None else value:
@@ -56,11 +57,13 @@ def read(given: str | os.PathLike[str]) -> Document:
         # events are looked at first: an alias would let a small text stand for a huge value
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise PlanError(f"{name}:{event.start_mark.line + 1}: aliases are not read, write the value out")
+                raise PlanError(
+                    f"{name}:{event.start_mark.line + 1}: aliases are not read, write the value out"
+                )
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise PlanError(f"{name}{f':{mark.line + 1}' if mark else ''}: not YAML: {error.problem}") from error
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        raise PlanError(f"{name}{line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise PlanError(f"{name}: not YAML: {error}") from error
     lines: dict[Key, int] = {}
@@ -100,14 +103,14 @@ def _plain(node: yaml.Node | None, key: Key, lines: dict[Key, int], name: str) -
 
 
 def typed(document: Document, kind: Any, value: Any, key: Key) -> Any:
-    """``value`` as a ``kind`` (int, str, bool, a tuple or a dataclass of these), or a PlanError that says where it is not."""
+    """``value`` as a ``kind``: int, str, bool, a tuple or a dataclass of these; or a PlanError that says where not."""
     origin = typing.get_origin(kind)
     if origin is tuple:
         (item, _) = typing.get_args(kind)
         if not isinstance(value, list):
             raise document.error(key, f"{_name(key)} should be a list, not {value!r}")
         return tuple(typed(document, item, v, (*key, i)) for i, v in enumerate(value))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise document.error(key, f"{_name(key)} should be a mapping, not {value!r}")
         kinds = typing.get_type_hints(kind)
@@ -117,9 +120,13 @@ def typed(document: Document, kind: Any, value: Any, key: Key) -> Any:
         for name in required:
             if name not in value:
                 raise document.error(key, f"{_name(key)} lacks the key {name!r}")
-        return kind(**{name: typed(document, kinds[name], value[name], (*key, name)) for name in names if name in value})
-    if isinstance(kind, types.UnionType):
-        raise TypeError(kind)
+        return kind(
+            **{
+                name: typed(document, kinds[name], value[name], (*key, name))
+                for name in names
+                if name in value
+            }
+        )
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise document.error(key, f"{_name(key)} should be {_WORDS[kind]}, not {value!r}")
     return value

@@ -1,5 +1,5 @@
-"""Letters for axes, for people to read: H heads, K kv heads, G query heads of each, D head size, F feed-forward, M model, V
-vocabulary. Nothing depends on them."""
+"""Letters for axes, for people to read: H heads, K kv heads, G query heads of each, D head size, F feed-forward,
+M model, V vocabulary. Nothing depends on them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ WORDS = (
     ("state", "S"),
 )
 
+
 def letters(analysis: Analysis, sharded: frozenset[Atom]) -> Mapping[Atom, str]:
-    """A name for each axis of a parameter. Sharded axes have names of their own, but that corresponding axes of repeated
-    layers have the same one; other axes just the letter of what they are."""
+    """A name for each axis of a parameter.
+
+    Sharded axes have names of their own, but corresponding axes of repeated layers share one. Other axes have
+    just the letter of what they are.
+    """
     keys = axis_keys(analysis)
     kinds = _kinds(analysis, keys)
     own = {keys[atom] for atom in sharded if atom in keys}
@@ -56,7 +60,9 @@ def _kinds(analysis: Analysis, keys: Mapping[Atom, str]) -> dict[str, str]:
         if atom in keys:
             votes[keys[atom]].update(found)
     kinds = {key: min(c, key=lambda letter: (-c[letter], letter)) for key, c in votes.items()}
-    values = [analysis.dims[n][0] for fqn, n in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer]
+    values = [
+        analysis.dims[n][0] for fqn, n in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
+    ]
     sizes: Counter[int] = Counter(dim[0].size for dims in values for dim in dims if len(dim) == 1)
     for node, info in analysis.ops.items():
         if "embedding" in str(node.target):
@@ -118,5 +124,3 @@ def _hints(analysis: Analysis) -> Mapping[Atom, Counter[str]]:
 def _letter(expr: Attr) -> str | None:
     word = next((str(p) for p in reversed(expr.path) if isinstance(p, str)), "")
     return next((letter for part, letter in WORDS if part in word), None)
-
-

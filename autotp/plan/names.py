@@ -1,4 +1,4 @@
-"""Names of repeated layers, folded: ``h.0.q`` and ``h.1.q`` are ``h.{0-1}.q``; and names that were misspelt."""
+"""Names of repeated layers, folded: ``h.0.q`` and ``h.1.q`` are ``h.{0-1}.q``; and names misspelt."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FOLDED = re.compile(r"\{[\d,-]+\}")
 
 
 def fold(items: Iterable[tuple[str, K]]) -> list[tuple[str, K, int]]:
-    """Join items whose names differ in numbers only and whose keys are equal: (pattern, key, how many), in the order of the first.
+    """Join items whose names differ in numbers only and whose keys are equal: (pattern, key, how many).
 
-    A name that comes several times counts as often. ``h.0.q``, ``h.1.q``, ``h.3.q`` are ``h.{0-1,3}.q``.
+    In the order of the first ones. A name that comes several times counts as often. ``h.0.q``, ``h.1.q``, ``h.3.q`` are ``h.{0-1,3}.q``.
     """
     times: dict[tuple[str, K], int] = defaultdict(int)
     for name, key in items:

@@ -25,7 +25,7 @@ class Axis:
     """A sharded logical axis, or a nested pair of them: kv heads, then the query heads of each.
 
     Attributes:
-        key: the parameter that holds it first, its dim, and which factor; repeated layers have ``*`` for their numbers.
+        key: the parameter that holds it first, its dim, and which factor; with ``*`` for the numbers of layers.
         name: its letter in the table.
         sizes: of the axis, or of outer and inner axis.
         counts: for each of ``sizes`` how many elements each rank holds.
@@ -41,11 +41,11 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A parameter, or a parameter of repeated layers: ``model.layers.{0-125}.mlp.up_proj.weight`` with a count of 126.
+    """A parameter, or one of repeated layers: ``model.layers.{0-125}.mlp.up_proj.weight`` with a count of 126.
 
     Attributes:
-        placement: ``column`` (its output dim is sharded), ``row`` (its input dim), ``vocab`` (an embedding's rows), ``shard``
-            (any other dim), ``replicate``.
+        placement: ``column`` (its output dim is sharded), ``row`` (its input dim), ``vocab`` (an embedding's
+            rows), ``shard`` (any other dim), ``replicate``.
         dims: logical axes with their sizes, ``F53248/8 , M16384``; ``/8``: sharded in 8 parts.
         global_bytes, local_bytes: of one parameter: whole, and on each rank.
         note: why it is replicated, or what it is tied to.
@@ -134,7 +134,12 @@ class Plan:
     def to_yaml(self) -> str:
         """The plan as YAML; `from_yaml` gives an equal plan back."""
         text: str = yaml.dump(
-            self.to_mapping(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120
+            self.to_mapping(),
+            Dumper=_Dumper,
+            sort_keys=False,
+            default_flow_style=None,
+            allow_unicode=True,
+            width=120,
         )
         return text
 
@@ -158,7 +163,8 @@ class Plan:
             raise document.error((), "this is no plan: it lacks the key 'autotp'")
         if document.value["autotp"] != FORMAT:
             raise document.error(
-                ("autotp",), f"this is a plan of format {document.value['autotp']!r}, and this autotp reads {FORMAT}"
+                ("autotp",),
+                f"this is a plan of format {document.value['autotp']!r}, and this autotp reads {FORMAT}",
             )
         value = dict(document.value)
         del value["autotp"]
@@ -173,7 +179,8 @@ class Plan:
 def _on_every_rank(document: Document, entry: Entry, tp: int, i: int) -> Entry:
     if entry.placement not in PLACEMENTS:
         raise document.error(
-            ("entries", i, "placement"), f"{entry.placement!r} is no placement, which are {', '.join(PLACEMENTS)}"
+            ("entries", i, "placement"),
+            f"{entry.placement!r} is no placement, which are {', '.join(PLACEMENTS)}",
         )
     for key in ("local_shapes", "local_bytes"):
         n = len(getattr(entry, key))
