@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import fx
 
-from autotp.axes.analysis import Analysis, Operand, OpInfo
+from autotp.axes.analysis import Analysis, Operand, OpInfo, aliased_args
 from autotp.axes.term import Atom, Cat, Dim, size_of
 
 Ranges: TypeAlias = Mapping[int, Sequence[tuple[int, int]]]  # atom id → (start, stop) of each rank
@@ -261,12 +261,12 @@ class _Run:
         self.values: dict[fx.Node, list[Any]] = {}
         self.partial: set[fx.Node] = set()
         self.compared = 0
-        # what no sharded axis touches is as in the reference (unless somebody writes into it later)
-        self.lazy = all(info.mutates is None for info in self.analysis.ops.values())
+        self.written = written_nodes(self.analysis)
 
     def step(self, node: fx.Node) -> None:
         reference = self.replay.reference.get(node)
-        if self.lazy and node.op != "output" and not self.touched(node):
+        # what no sharded axis touches is as in the reference (but somebody may write into it later)
+        if node.op != "output" and node not in self.written and not self.touched(node):
             self.values[node] = [reference] * self.tp
             return
         if node.op in ("placeholder", "get_attr"):
@@ -376,29 +376,18 @@ class _Run:
         parts = [_nth(value, operand.output) for value in self.values[operand.node]]
         if not isinstance(parts[0], torch.Tensor):
             return parts
-        for d, (own, wanted) in enumerate(zip(have, operand.dims, strict=True)):
-            if all(
-                torch.equal(local_indices(own, self.ranges, r), local_indices(wanted, self.ranges, r))
+        differs = [
+            any(
+                not torch.equal(local_indices(own, self.ranges, r), local_indices(wanted, self.ranges, r))
                 for r in range(self.tp)
-            ):
-                continue
-            only = tuple(own if e == d else () for e in range(len(have)))
-            if is_sharded(own, self.ranges):
-                parts = self.gathered(parts, d, own)
-            only = tuple(wanted if e == d else () for e in range(len(have)))
-            parts = [take(part, only, self.ranges, rank) for rank, part in enumerate(parts)]
-        return parts
-
-    def gathered(self, parts: list[torch.Tensor], d: int, dim: Dim) -> list[torch.Tensor]:
-        """Every rank's slices along one dim, put together (other dims stay as each rank has them: they are
-        alike).
-        """
-        shape = list(parts[0].shape)
-        shape[d] = size_of(dim)
-        whole = parts[0].new_zeros(shape)
-        for rank, part in enumerate(parts):
-            whole.index_copy_(d, local_indices(dim, self.ranges, rank), part)
-        return [whole.clone() for _ in parts]
+            )
+            for own, wanted in zip(have, operand.dims, strict=True)
+        ]
+        if any(is_sharded(own, self.ranges) for own, other in zip(have, differs, strict=True) if other):
+            whole = merge(parts, have, self.ranges)
+            return [take(whole, operand.dims, self.ranges, rank) for rank in range(self.tp)]
+        wanted = tuple(dim if other else () for dim, other in zip(operand.dims, differs, strict=True))
+        return [take(part, wanted, self.ranges, rank) for rank, part in enumerate(parts)]
 
     def summed(self, outputs: list[Any]) -> list[Any]:
         if not isinstance(outputs[0], torch.Tensor):
@@ -435,6 +424,18 @@ class _Run:
 
     def name(self, node: fx.Node) -> str:
         return f"{node.name} = {node.target} ({self.analysis.trace.where(node)})"
+
+
+def written_nodes(analysis: Analysis) -> set[fx.Node]:
+    """Everything that shares memory with something that an op writes into."""
+    group: dict[fx.Node, set[fx.Node]] = {}
+    written: list[fx.Node] = []
+    for node in analysis.ops:
+        for base, writes in aliased_args(node):
+            both = group.get(node, {node}) | group.get(base, {base})
+            group.update(dict.fromkeys(both, both))
+            written += [base] if writes else []
+    return {node for base in written for node in group[base]}
 
 
 def _uninitialized(node: fx.Node) -> bool:
