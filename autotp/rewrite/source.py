@@ -319,7 +319,7 @@ def _only(located: Located, text: str) -> str:
     """The top-level statement of `text` that holds the function, under its line numbers."""
     line = located.outermost.lineno
     tops = [n for n in located.text.tree.body if n.lineno <= line <= (n.end_lineno or n.lineno)]
-    first = min(n.lineno for top in tops for n in [top, *getattr(top, "decorator_list", ())])
+    first: int = min(n.lineno for top in tops for n in [top, *getattr(top, "decorator_list", ())])
     last = max(top.end_lineno or top.lineno for top in tops)
     return "\n" * (first - 1) + "\n".join(text.split("\n")[first - 1 : last])
 

@@ -38,7 +38,7 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class SizeAt:
-    """Give int leaf `index` of the call's arguments (counted as in `Call.ints`) the constant `value`, or scale it.
+    """Give int leaf `index` of the call's arguments (counted as in `Call.ints`) the value `value`.
 
     `paths` says where each int leaf sits (`Call.ints`) and `func` which call it was; without them only calls
     can be patched whose source shows the leaf (`y.view(B, T, C)`). Use `SizeAt.of`.
@@ -95,7 +95,8 @@ class Splices:
         self._ids: dict[int, str] = {}
         self._pairs: list[tuple[int, int, int, str, str]] = []  # start, end, rank, before, after
         self._replaced: dict[tuple[int, int], str] = {}
-        self._sizes: dict[tuple[int, int, bool], dict[int, int]] = {}
+        self._sizes: dict[tuple[int, int, bool], dict[int, int | Scaled]] = {}
+        self._scaled: dict[tuple[int, int], Scaled] = {}
         self._writes: dict[int, Callable[[Any], Any]] = {}
         self._source = text.text.encode()
 
@@ -146,6 +147,16 @@ class Splices:
                 f"{self._replaced[start, end].strip()} and {new.strip()}"
             )
 
+    def scale(self, node: ast.AST, by: Scaled) -> None:
+        """Scale the int that an expression gives."""
+        span = self.text.span(node)
+        if self._scaled.setdefault(span, by) != by:
+            raise RewriteError(
+                f"{self.text.segment(node)!r} at {self.where(node)} would have to be scaled both by "
+                f"{self._scaled[span].local}/{self._scaled[span].whole} and by {by.local}/{by.whole}"
+            )
+        self.wrap(node, "((", f") * {by.local} // {by.whole})")
+
     def size(self, start: int, end: int, index: int, value: int | Scaled, arguments: bool = False) -> None:
         """Have int leaf `index` of the value of a span (or of the call's arguments that stand there) replaced
         when it is computed.
@@ -164,12 +175,19 @@ class Splices:
         """The edited text."""
         pairs = list(dict.fromkeys(self._pairs))
         for (start, end, arguments), sizes in self._sizes.items():
-            name, by_index = self.name(replace_sizes, "size"), dict(sorted(sizes.items()))
+            name = self.name(replace_sizes, "size")
+            by_index = {
+                i: (v.local, v.whole) if isinstance(v, Scaled) else v for i, v in sorted(sizes.items())
+            }
             before, after = (
                 (f"*{name}((", f",), {by_index})") if arguments else (f"{name}(", f", {by_index})")
             )
             pairs.append((start, end, 5, before, after))
         spans = sorted(self._replaced)
+        if both := [span for span in spans if span in self._scaled]:
+            raise RewriteError(
+                f"two edits of {self.text.filename!r} at byte {both[0][0]} set and scale one size"
+            )
         for (_, end), later in zip(spans, spans[1:], strict=False):
             if later[0] < end:
                 raise RewriteError(f"two edits of {self.text.filename!r} overlap at byte {later[0]}")
@@ -181,16 +199,17 @@ class Splices:
                         f"two edits of {self.text.filename!r} overlap: one replaces bytes {first} to {last}, "
                         f"another wraps {start} to {end}"
                     )
-        # At one offset: what closes comes before what opens; inner spans close first and open last.
-        events: list[tuple[tuple[int, int, int, int], int, str]] = []
-        for start, end, rank, before, after in pairs:
+        # At one offset: what closes comes before what opens; inner spans close first and open last, and of
+        # equal spans those added first are the inner ones.
+        events: list[tuple[tuple[int, int, int, int, int], int, str]] = []
+        for i, (start, end, rank, before, after) in enumerate(pairs):
             if start == end:
-                events.append(((start, 0, 1, rank), start, before))
+                events.append(((start, 0, 1, rank, i), start, before))
                 continue
-            events.append(((start, 1, -end, -rank), start, before))
-            events.append(((end, 0, -start, rank), end, after))
+            events.append(((start, 1, -end, -rank, -i), start, before))
+            events.append(((end, 0, -start, rank, i), end, after))
         for start, end in spans:
-            events.append(((start, 2, 0, 0), end, self._replaced[start, end]))
+            events.append(((start, 2, 0, 0, 0), end, self._replaced[start, end]))
         source, out, at = self._source, [], 0
         for (offset, *_), stop, new in sorted(events, key=lambda event: event[0]):
             out.append(source[at:offset])
@@ -409,7 +428,7 @@ def _size(splices: Splices, node: ast.AST, edit: SizeAt, resolve: Callable[[ast.
         else:
             break
     if not rest and isinstance(edit.value, Scaled):
-        splices.wrap(target, "((", f") * {edit.value.local} // {edit.value.whole})")
+        splices.scale(target, edit.value)
         return
     if not rest:
         splices.replace(target, value)
@@ -490,8 +509,10 @@ def _paths_from_source(node: ast.AST) -> tuple[Path, ...]:
     raise RewriteError("the source does not show which argument holds the size: give its path")
 
 
-def replace_sizes(value: Any, sizes: Mapping[int, int | Scaled]) -> Any:
-    """`value`, an int or a nest of tuples, lists and slices, with int leaf number i made `sizes[i]`."""
+def replace_sizes(value: Any, sizes: Mapping[int, int | tuple[int, int]]) -> Any:
+    """`value`, an int or a nest of tuples, lists and slices, with int leaf number i made `sizes[i]`, or scaled
+    where that is a pair (local, whole).
+    """
     count = 0
 
     def visit(leaf: Any) -> Any:
@@ -501,7 +522,7 @@ def replace_sizes(value: Any, sizes: Mapping[int, int | Scaled]) -> Any:
         if isinstance(leaf, int):
             count += 1
             new = sizes.get(count - 1, leaf)
-            return new.of(leaf) if isinstance(new, Scaled) else new
+            return leaf * new[0] // new[1] if isinstance(new, tuple) else new
         if isinstance(leaf, tuple | list):
             items = [visit(item) for item in leaf]
             return items if isinstance(leaf, list) else tuple(items)

@@ -13,6 +13,7 @@ from torch import nn
 
 from autotp.errors import RewriteError
 from autotp.rewrite.patch import Applied, Patch, SizeAt, Wrap, WrapArg, apply_patches
+from autotp.rewrite.splice import Scaled
 from autotp.trace.graph import Site
 from autotp.trace.sites import forward_code
 from tests.rewrite import patched
@@ -87,6 +88,28 @@ def test_size(method: str, text: str, edits: list[Any], shape: tuple[int, ...], 
     assert not [name for name in module.__dict__ if "autotp" in name]
 
 
+@pytest.mark.parametrize(
+    ("method", "index", "shown"),
+    [
+        ("plain", 1, "y.view(B, ((self.n_head) * 6 // 4), C // self.n_head)"),
+        ("variable", 1, "x.view(_autotp_size_0(new_shape, {1: (6, 4), 2: 2}))"),
+        ("starred_last", 1, "x.view(-1, *_autotp_size_0((self.n_head, 3), {0: (6, 4), 1: 2}))"),
+    ],
+)
+def test_scaled_size(method: str, index: int, shown: str) -> None:
+    """A size in proportion to what the code says."""
+    module = make(method)
+    edits = [(index, Scaled(6, 4)), (2, 2)]
+    applied = patch(module, ".view(", *edits)
+    assert module(X).shape == (2, 6, 2)
+    assert shown.replace("C // self.n_head", "2") in applied.diff()
+    applied.undo()
+    with pytest.raises(RewriteError, match=r"scaled both|both Scaled|set and scale"):
+        patch(module, ".view(", *edits, (index, Scaled(1, 2)))
+    with pytest.raises(RewriteError, match=r"scaled both|both Scaled|set and scale"):
+        patch(module, ".view(", *edits, (index, 6))
+
+
 def test_the_same_constants_give_the_same_bits() -> None:
     module = make("plain")
     before = module(X)
@@ -124,6 +147,16 @@ def test_nested_expressions() -> None:
     )
     assert "_autotp_double_0(torch.addmm(_autotp_double_0(self.bias), x, _autotp_double_0(" in applied.diff()
     assert torch.allclose(module(X), (2 * (2 * before.view(-1, 12) + 2.0)).view(-1, 6))
+
+
+def test_wraps_of_one_value_are_applied_in_order() -> None:
+    module = make("plain")
+    before = module(X)
+    call = find(calls_of(module, lambda: module(X)), "y.view(")
+    edits = (Wrap(double), Wrap(torch.exp), WrapArg(0, torch.neg))
+    applied = apply_patches(module, [Patch(call.frames, edits), Patch(call.frames, (Wrap(torch.neg),))])
+    assert torch.allclose(module(X), -torch.exp(-2 * before))
+    assert "_autotp_neg_0(_autotp_exp_0(_autotp_double_0(_autotp_neg_0(y).view(B" in applied.diff()
 
 
 def test_operands() -> None:
