@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from autotp.errors import RewriteError
-from autotp.rewrite.copies import Callee, Copy, callee_at, leading_to
-from autotp.rewrite.splice import Edit, SizeAt, Wrap, WrapArg
+from autotp.rewrite.callees import callee_at
+from autotp.rewrite.copies import Callee, Copy, leading_to
+from autotp.rewrite.edits import Edit, SizeAt, Wrap, WrapArg
+from autotp.rewrite.splice import Scaled
 
 if TYPE_CHECKING:
     from autotp.trace.graph import Site
 
-__all__ = ["Applied", "Edit", "Patch", "SizeAt", "Wrap", "WrapArg", "apply_patches"]
+__all__ = ["Applied", "Edit", "Patch", "Scaled", "SizeAt", "Wrap", "WrapArg", "apply_patches"]
 
 MARK = "_autotp_patched"
 _MISSING: Any = object()
