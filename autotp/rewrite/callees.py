@@ -1,7 +1,7 @@
 """Which function a recorded call reached, and so what to name there in its place.
 
-Names and attributes are looked up where that needs no running (globals, closure, `self`); where the callee is a
-local variable (`attention_interface(...)`), it is found by the code object that ran.
+Names and attributes are looked up where that needs no running (globals, closure, `self`); where the callee is
+a local variable (`attention_interface(...)`), it is found by the code object that ran.
 """
 
 from __future__ import annotations

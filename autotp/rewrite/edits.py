@@ -1,7 +1,7 @@
 """What can be edited at an expression, and which piece of its source that is.
 
-An edit names an argument as torch saw it. Here it is found among the arguments as they are written: after a method's
-receiver, behind a keyword, in a slice, in a list display, behind a star.
+An edit names an argument as torch saw it. Here it is found among the arguments as they are written: after a
+method's receiver, behind a keyword, in a slice, in a list display, behind a star.
 """
 
 from __future__ import annotations
