@@ -78,6 +78,8 @@ ELEMENTWISE = [
     s("masked_fill.Tensor", "ab, ab,  -> ab", real(3, 5), bools(3, 5), real(), unclaimed=True),
     s("fill_.Scalar", "ab -> ab", real(3, 5), 2.0),
     s("zero_", "ab -> ab", real(3, 5), unclaimed=True),
+    s("copy_", "ab, b -> ab", real(3, 5), real(5), unclaimed=True),
+    s("copy_", "abc, abc -> abc", real(2, 3, 5), real(2, 3, 5, seed=1), unclaimed=True),
     s("prelu", "abc, b -> abc", real(2, 3, 5), real(3)),
     s("prelu", "abc, 1 -> abc", real(2, 3, 5), real(1)),
     s("glu", "a(b|b) -> ab", real(3, 10)),

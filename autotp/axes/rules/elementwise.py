@@ -154,6 +154,15 @@ def fill(op: OpContext) -> None:
     op.out(op.dims(i))
 
 
+@rule("aten.copy_")
+def copy(op: OpContext) -> None:
+    """Overwrites `self` with `src`, which broadcasts."""
+    in_place(op)
+    i, k = op.tensor("self"), op.tensor("src")
+    op.broadcast([i, k])
+    op.out(op.dims(i))
+
+
 @rule("aten.prelu", "aten._prelu_kernel")
 def prelu(op: OpContext) -> None:
     """One slope, or one for each channel (dim 1)."""
