@@ -8,11 +8,12 @@ imports nothing of autotp.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -78,7 +79,7 @@ def table(plan: PlanLike, width: int = WIDTH) -> str:
 
 def render(plan: PlanLike) -> RenderableType:
     """The plan for a rich console."""
-    parts: list[RenderableType] = [_summary(plan), "", _entries(plan), ""]
+    parts: list[RenderableType] = [_summary(plan), "", _Entries(plan), ""]
     for phase, words in PHASES.items():
         found = [c for c in plan.collectives if c.phase == phase]
         if found or phase != "step":
@@ -102,28 +103,53 @@ def _summary(plan: PlanLike) -> Text:
     return Text(f"tp={plan.tp}: {share}, {ranks(held)} on each rank")
 
 
-def _entries(plan: PlanLike) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    longest = max((len(entry.name) for entry in plan.entries), default=0)
-    out.add_column("parameter", overflow="fold", min_width=min(longest, 42))
-    out.add_column("placement", no_wrap=True)
-    out.add_column("logical axes", overflow="fold")
-    out.add_column("bytes", justify="right", no_wrap=True)
-    out.add_column("on a rank", justify="right", no_wrap=True)
-    reasons: dict[str, int] = {}
-    for entry in plan.entries:
-        mark = f" [{reasons.setdefault(entry.note, len(reasons) + 1)}]" if entry.note else ""
-        out.add_row(
-            Text(entry.name),
-            Text(entry.placement + mark, style="dim" if entry.placement == "replicate" else ""),
-            Text(entry.dims),
-            Text((f"{entry.count} x " if entry.count > 1 else "") + size(entry.global_bytes)),
-            Text(ranks(entry.local_bytes)),
-        )
-    if reasons:
-        out.caption = Text("\n".join(f"[{number}] {reason}" for reason, number in reasons.items()))
-        out.caption_justify = "left"
-    return out
+class _Entries:
+    """The table of parameters, fitted to the console: names and axes are broken where that has to be."""
+
+    def __init__(self, plan: PlanLike) -> None:
+        self.plan = plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        reasons: dict[str, int] = {}
+        rows: list[tuple[str, str, str, str, str]] = [HEADINGS]
+        for e in self.plan.entries:
+            mark = f" [{reasons.setdefault(e.note, len(reasons) + 1)}]" if e.note else ""
+            times = f"{e.count} x " if e.count > 1 else ""
+            rows.append(
+                (e.name, e.placement + mark, e.dims, times + size(e.global_bytes), ranks(e.local_bytes))
+            )
+        name, placement, dims, whole, local = (max(map(len, column)) for column in zip(*rows, strict=True))
+        room = options.max_width - placement - whole - local - 2 * (len(HEADINGS) - 1)
+        if name + dims > room:
+            dims = min(dims, max(room - name, room // 3, 12))
+            name = min(name, max(room - dims, 12))
+        out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+        for heading, width in zip(HEADINGS, (name, placement, dims, whole, local), strict=True):
+            size_column = heading in ("bytes", "on a rank")
+            out.add_column(
+                heading, justify="right" if size_column else "left", width=width, no_wrap=size_column
+            )
+        for entry, row in zip(self.plan.entries, rows[1:], strict=True):
+            style = "dim" if entry.placement == "replicate" else ""
+            out.add_row(
+                _broken(row[0], name), Text(row[1], style=style), _broken(row[2], dims), *map(Text, row[3:])
+            )
+        yield out
+        for reason, number in reasons.items():
+            yield Text(f"[{number}] {reason}", style="dim")
+
+
+HEADINGS = ("parameter", "placement", "logical axes", "bytes", "on a rank")
+
+
+def _broken(text: str, width: int) -> Text:
+    """A dotted name or a term in lines of at most this width, broken after dots and bars where it can be."""
+    lines = [""]
+    for piece in re.findall(r"[^.|·, ]*[.|·, ]*", text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return Text("\n".join(line.rstrip() for line in lines), overflow="fold")
 
 
 def _collectives(collectives: Sequence[CollectiveLike], words: str) -> RenderableType:

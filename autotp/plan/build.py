@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,7 +73,7 @@ class _Builder:
             entries=entries,
             collectives=self.collectives(),
             notes=tuple(notes),
-            patches=diff,
+            patches=_portable(diff),
         )
 
     # ---- axes
@@ -244,3 +245,24 @@ class _Builder:
 def op_name(node: fx.Node) -> str:
     """``linear`` for ``aten.linear.default``."""
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+def _portable(diff: str) -> str:
+    """A diff with file names as an import sees them, the same on every machine, and without repetitions.
+
+    Layers of the same class are patched alike.
+    """
+    blocks: list[list[str]] = []
+    lines = diff.splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        if line.startswith("--- ") and lines[i + 1 : i + 2] and lines[i + 1].startswith("+++ "):
+            blocks.append([])
+        if blocks:
+            blocks[-1].append(line)
+    roots = sorted((root.rstrip("/") + "/" for root in sys.path if root), key=len, reverse=True)
+    for block in blocks:
+        for i in range(min(2, len(block))):
+            mark, name = block[i][:4], block[i][4:]
+            root = next((root for root in roots if name.startswith(root)), "")
+            block[i] = mark + name[len(root) :]
+    return "".join(dict.fromkeys("".join(block) for block in blocks))

@@ -1,4 +1,4 @@
-"""A YAML file as plain data that knows its lines: an error names the line and the key. The safe loader only."""
+"""A YAML file as plain data that knows its lines, so that errors name line and key. The safe loader only."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def read(given: str | os.PathLike[str]) -> Document:
         # events are looked at first: an alias would let a small text stand for a huge value
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise PlanError(
-                    f"{name}:{event.start_mark.line + 1}: aliases are not read, write the value out"
-                )
+                at = f":{event.start_mark.line + 1}" if event.start_mark else ""
+                raise PlanError(f"{name}{at}: aliases are not read, write the value out")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        mark: yaml.Mark | None = error.problem_mark
+        line = "" if mark is None else f":{mark.line + 1}"
         raise PlanError(f"{name}{line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise PlanError(f"{name}: not YAML: {error}") from error
@@ -103,7 +103,7 @@ def _plain(node: yaml.Node | None, key: Key, lines: dict[Key, int], name: str) -
 
 
 def typed(document: Document, kind: Any, value: Any, key: Key) -> Any:
-    """``value`` as a ``kind``: int, str, bool, a tuple or a dataclass of these; or a PlanError that says where not."""
+    """``value`` as a ``kind`` (int, str, bool, a tuple or a dataclass of these), or a PlanError."""
     origin = typing.get_origin(kind)
     if origin is tuple:
         (item, _) = typing.get_args(kind)

@@ -1,5 +1,8 @@
-"""Letters for axes, for people to read: H heads, K kv heads, G query heads of each, D head size, F feed-forward,
-M model, V vocabulary. Nothing depends on them."""
+"""Letters for axes, for people to read. Nothing depends on them.
+
+H heads, K kv heads, G query heads of each, D head size, F feed-forward, E experts, M model, V vocabulary,
+A any other.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ WORDS = (
     ("head_dim", "D"),
     ("head_size", "D"),
     ("d_k", "D"),
+    ("group", "G"),
     ("kv", "K"),
     ("key_value", "K"),
-    ("group", "G"),
     ("head", "H"),
     ("expert", "E"),
     ("vocab", "V"),
@@ -75,6 +78,8 @@ def _kinds(analysis: Analysis, keys: Mapping[Atom, str]) -> dict[str, str]:
                 if len(dim) == 1 and isinstance(dim[0], Atom) and dim[0].size == width:
                     kinds.setdefault(keys[dim[0]], "M")
     for dims in values:
+        if len(dims) == 3 and len(dims[0]) == 1 and isinstance(dims[0][0], Atom):  # weights stacked for bmm
+            kinds.setdefault(keys[dims[0][0]], "E")
         for dim in dims:
             _structure(dim, keys, kinds)
     return kinds

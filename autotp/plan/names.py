@@ -19,7 +19,8 @@ _FOLDED = re.compile(r"\{[\d,-]+\}")
 def fold(items: Iterable[tuple[str, K]]) -> list[tuple[str, K, int]]:
     """Join items whose names differ in numbers only and whose keys are equal: (pattern, key, how many).
 
-    In the order of the first ones. A name that comes several times counts as often. ``h.0.q``, ``h.1.q``, ``h.3.q`` are ``h.{0-1,3}.q``.
+    In the order of the first ones. A name that comes several times counts as often. ``h.0.q``, ``h.1.q`` and
+    ``h.3.q`` are ``h.{0-1,3}.q``.
     """
     times: dict[tuple[str, K], int] = defaultdict(int)
     for name, key in items:

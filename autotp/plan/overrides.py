@@ -6,10 +6,10 @@ A YAML file (or a mapping) of glob patterns over the names of modules or paramet
       "model.layers.*.mlp.down_proj": row
       lm_head: replicate
 
-``column``: the output dim of each matched weight is sharded; ``row``: its input dim; ``vocab``: an embedding's
-vocabulary; ``shard``: any of its dims; ``replicate``: none, and as an axis is sharded everywhere or nowhere, no
-other parameter that holds the same axis either. A whole plan, as `Plan.to_yaml` writes it, is taken too: then the
-model is sharded exactly so, or refused.
+``column``: the output dim of each matched weight is sharded; ``row``: its input dim; ``vocab``: the
+vocabulary of an embedding; ``shard``: any dim; ``replicate``: none, and as an axis is sharded everywhere or
+nowhere, no other parameter that holds the same axis either. A whole plan, as `Plan.to_yaml` writes it, is
+taken too: then the model is sharded exactly so, or refused.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Overrides:
             PlanError: an override matches nothing or cannot hold; with the op and the source line in the way.
         """
         if self.plan is not None:
-            return self._apply_plan(self.plan, analysis, tp)
+            return self._apply_plan(self.plan, analysis, model, tp)
         if not self.modules:
             return (lambda candidate: True), []
         return _Check(self, analysis, folds, model, tp).run()
@@ -137,6 +137,10 @@ class Overrides:
                 )
 
     def _apply_plan(self, plan: Plan, analysis: Analysis, tp: int) -> tuple[Allow, list[frozenset[Atom]]]:
+        if plan.model != type(model).__name__:
+            raise PlanError(
+                f"{self.document.name} is a plan of {plan.model}, and this is a {type(model).__name__}"
+            )
         if plan.tp != tp:
             raise PlanError(f"{self.document.name} is a plan for tp={plan.tp}, and tp={tp} is asked for")
         found = candidates(analysis, tp)
@@ -246,7 +250,7 @@ class _Check:
         matched = set(names)
         for fqn in found:
             originals = self.folds.originals(fqn)
-            if len(originals) > 1 and not matched & set(originals) == set(originals):
+            if len(originals) > 1 and matched & set(originals) != set(originals):
                 some = f"{len(matched & set(originals))} of {len(originals)}"
                 raise self.error(pattern, f"{pattern!r} matches {some} layers that are planned as one")
         return found
@@ -271,7 +275,8 @@ class _Check:
                 other, holder = next(whole[a] for c in able for a in c.atoms if a in whole)
                 raise self.error(
                     pattern,
-                    f"{self.name(fqn)} cannot be {_words(word)}: {self.name(holder)} also holds its {WHICH[word]}, "
+                    f"{self.name(fqn)} cannot be {_words(word)}: "
+                    f"{self.name(holder)} also holds its {WHICH[word]}, "
                     f"and {other!r}: replicate keeps it whole",
                 )
             found.append(_Wish(pattern, word, self.name(fqn), free))

@@ -34,8 +34,8 @@ class Uses:
     def roles(self, node: fx.Node) -> Iterator[tuple[str, frozenset[Atom], fx.Node]]:
         """What each axis of a weight would make of it: (placement, axes, the op that uses it so).
 
-        Of a product (linear, matmul, convolution) the contracted axes are the input's, the others the output's;
-        where the other operand does not have the contracted axes, it is a lookup.
+        Of a product (linear, matmul, convolution) the contracted axes are the input's and the others the
+        output's; where the other operand does not have the contracted axes, it is a lookup.
         """
         held = frozenset(atoms_of(self.analysis.dims[node][0]))
         for user, i in self.ends(node):

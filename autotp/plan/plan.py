@@ -25,7 +25,7 @@ class Axis:
     """A sharded logical axis, or a nested pair of them: kv heads, then the query heads of each.
 
     Attributes:
-        key: the parameter that holds it first, its dim, and which factor; with ``*`` for the numbers of layers.
+        key: the parameter that holds it first, its dim, and which factor; ``*`` for numbers of layers.
         name: its letter in the table.
         sizes: of the axis, or of outer and inner axis.
         counts: for each of ``sizes`` how many elements each rank holds.
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A parameter, or one of repeated layers: ``model.layers.{0-125}.mlp.up_proj.weight`` with a count of 126.
+    """A parameter, or one of repeated layers: ``layers.{0-125}.mlp.up_proj.weight`` with a count of 126.
 
     Attributes:
         placement: ``column`` (its output dim is sharded), ``row`` (its input dim), ``vocab`` (an embedding's
