@@ -136,7 +136,9 @@ class Overrides:
                     f"{pattern!r}: {word} cannot hold: the best that can be done is {name}: {placement}",
                 )
 
-    def _apply_plan(self, plan: Plan, analysis: Analysis, tp: int) -> tuple[Allow, list[frozenset[Atom]]]:
+    def _apply_plan(
+        self, plan: Plan, analysis: Analysis, model: nn.Module, tp: int
+    ) -> tuple[Allow, list[frozenset[Atom]]]:
         if plan.model != type(model).__name__:
             raise PlanError(
                 f"{self.document.name} is a plan of {plan.model}, and this is a {type(model).__name__}"
