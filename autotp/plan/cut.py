@@ -20,11 +20,17 @@ V = TypeVar("V", bound=Hashable)
 SOURCE = ("source", None)
 SINK = ("sink", None)
 
+Cache = dict[frozenset[Hashable], tuple[int, frozenset[Hashable]] | None]
+
 
 class VertexCut(Generic[V]):
-    """Build with :meth:`vertex`, :meth:`flow`, :meth:`start`, :meth:`end`; then :meth:`solve`."""
+    """Build with :meth:`vertex`, :meth:`flow`, :meth:`start`, :meth:`end`; then :meth:`solve`.
 
-    def __init__(self) -> None:
+    Parts that do not touch are solved each by itself; one ``cache`` lets many cuts share the parts that they have alike.
+    """
+
+    def __init__(self, cache: Cache | None = None) -> None:
+        self._cache: Cache = {} if cache is None else cache
         # Reversed from the start: networkx returns the cut nearest *its* sink.
         self._net: nx.DiGraph = nx.DiGraph()
         self._net.add_nodes_from([SOURCE, SINK])
@@ -58,16 +64,35 @@ class VertexCut(Generic[V]):
         """What leaves ``v`` uncut reaches the sink."""
         self._net.add_edge(SINK, ("out", v))
 
+    def _solved(self, net: nx.DiGraph) -> tuple[int, frozenset[Hashable]] | None:
+        """(cost, the side of the source) of one part; None where it cannot be cut."""
+        key = frozenset(net.edges(data="capacity"))
+        if key not in self._cache:
+            try:
+                cost, (_, side) = nx.minimum_cut(net, SINK, SOURCE, flow_func=nx.algorithms.flow.dinitz)
+                self._cache[key] = int(cost), frozenset(side)
+            except nx.NetworkXUnbounded:
+                self._cache[key] = None
+        return self._cache[key]
+
     def solve(self) -> tuple[int, frozenset[V], frozenset[V]]:
         """(cost, the vertices cut, the vertices reached and left uncut).
 
         Raises:
             PlanError: every way from source to sink passes only vertices that may not be cut.
         """
-        try:
-            cost, (_, near_source) = nx.minimum_cut(self._net, SINK, SOURCE)
-        except nx.NetworkXUnbounded as error:
-            raise PlanError("a value must be whole where nothing can make it whole") from error
+        cost = 0
+        near_source: set[Hashable] = set()
+        inner = self._net.subgraph([n for n in self._net if n not in (SOURCE, SINK)])
+        for part in nx.weakly_connected_components(inner):
+            if not any(self._net.has_edge(n, SOURCE) for n in part):
+                continue
+            net = self._net.subgraph([*part, SOURCE, SINK])
+            found = self._solved(net)
+            if found is None:
+                raise PlanError("a value must be whole where nothing can make it whole")
+            cost += found[0]
+            near_source |= found[1]
         reached = {v for v in self._capacity if ("in", v) in near_source}
         uncut = {v for v in self._capacity if ("out", v) in near_source}
-        return int(cost), frozenset(reached - uncut), frozenset(uncut)
+        return cost, frozenset(reached - uncut), frozenset(uncut)

@@ -13,6 +13,10 @@ norm weight but needs a sum at each of them.
 All maximal sets are enumerated (maximal cliques of the complement graph, Bron and Kerbosch 1973); the
 communication of each is an exact minimum cut. Sets whose axes turn out not to be shardable together
 (`PlanError` of the cut) drop out.
+
+Where more than `MOST_SETS` sets are within the tolerance, they are thinned first: without the axes that conflict with most
+others (the hidden dim, in or out), the conflicts fall apart into parts (an attention, an MLP), and in each part a set has to
+shard nearly the most bytes that any set shards there. A plan says so (``proven`` is False).
 """
 
 from __future__ import annotations
@@ -32,8 +36,10 @@ from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
 
 #: Share of the sharded weight bytes that may be given up for less communication.
 TOLERANCE = 0.1
-#: How many sets of axes are compared by their communication at most; more are cut off, least bytes first.
-MOST_SETS = 512
+#: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model go first.
+MOST_SETS = 64
+#: The tolerance within one such part.
+PART_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,35 +98,85 @@ def choose(
     required = tuple(require)
     sets: list[tuple[float, tuple[Candidate, ...]]] = []
     cut_off = False
-    for keys in itertools.islice(_maximal_sets(classes, against), 16 * MOST_SETS):
+    for keys in itertools.islice(_maximal_sets(classes, against), 1 << 14):
         chosen = tuple(c for key in sorted(keys) for c in classes[key])
         atoms = {a for c in chosen for a in c.atoms}
         if all(atoms & wanted for wanted in required):
             sets.append((bytes_of(chosen), chosen))
     sets.sort(key=lambda s: (-s[0], [c.key for c in s[1]]))
+    if sets and sum(size >= (1 - tolerance) * sets[0][0] for size, _ in sets) > MOST_SETS:
+        sets, cut_off = _thinned(sets, classes, against, bytes_of), True
     if required and not sets:
         raise PlanError("no set of axes can be sharded as the overrides ask")
     best: Choice | None = None
     failures: list[str] = []
-    bar: float | None = None
-    for i, (size, chosen) in enumerate(sets or [(0.0, ())]):
-        if bar is not None and size < bar:
-            break
-        if i >= MOST_SETS:
+    most = 0.0
+    for i, (size, chosen) in enumerate(_promising(flow, sets or [(0.0, ())], tolerance)):
+        if i >= 8 * MOST_SETS:
             cut_off = True
             break
+        if size < (1 - tolerance) * most or (best is not None and flow.least(chosen) > best.communication.cost_bytes):
+            continue
         feasible = _communicate(flow, chosen, failures)
         if feasible is None:
             continue
         kept, communication = feasible
         size = bytes_of(kept)
-        bar = max(bar or 0.0, (1 - tolerance) * size)
         choice = Choice(kept, communication, size, total, True)
-        if best is None or _rank(choice) < _rank(best):
+        if size > most:
+            most = size
+            if best is not None and best.sharded_bytes < (1 - tolerance) * most:
+                best = None
+        if size >= (1 - tolerance) * most and (best is None or _rank(choice) < _rank(best)):
             best = choice
     if best is None:
         best = Choice((), Communication(), 0.0, total, True)
     return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)
+
+
+def _thinned(
+    sets: list[tuple[float, tuple[Candidate, ...]]],
+    classes: Mapping[str, tuple[Candidate, ...]],
+    against: Mapping[Candidate, frozenset[Candidate]],
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> list[tuple[float, tuple[Candidate, ...]]]:
+    """The sets that lose next to no bytes in any part of the model against the best set there."""
+    graph: nx.Graph = nx.Graph()
+    graph.add_nodes_from(classes)
+    home = {c: key for key, members in classes.items() for c in members}
+    graph.add_edges_from(
+        (home[c], home[o]) for c in home for o in against[c] if o in home and home[o] != home[c]
+    )
+    hubs = {key for key, degree in graph.degree if 2 * degree > len(classes)}
+    graph.remove_nodes_from(hubs)
+    part_of = {key: i for i, part in enumerate(nx.connected_components(graph)) for key in part}
+    best: dict[tuple[frozenset[str], int], float] = defaultdict(float)
+    described = []
+    for size, chosen in sets:
+        members: dict[int, list[Candidate]] = defaultdict(list)
+        for candidate in chosen:
+            if home[candidate] in part_of:
+                members[part_of[home[candidate]]].append(candidate)
+        branch = frozenset(home[c] for c in chosen if home[c] in hubs)
+        sizes = {part: bytes_of(members[part]) for part in set(part_of.values())}
+        for part, own in sizes.items():
+            best[branch, part] = max(best[branch, part], own)
+        described.append((size, chosen, branch, sizes))
+    return [
+        (size, chosen)
+        for size, chosen, branch, sizes in described
+        if all(own >= (1 - PART_TOLERANCE) * best[branch, part] for part, own in sizes.items())
+    ]
+
+
+def _promising(
+    flow: Flow, sets: list[tuple[float, tuple[Candidate, ...]]], tolerance: float
+) -> Iterable[tuple[float, tuple[Candidate, ...]]]:
+    """The sets in an order in which few have to be solved: those near the most bytes first, by their lower bounds."""
+    bar = (1 - tolerance) * sets[0][0]
+    near = [s for s in sets if s[0] >= bar]
+    yield from sorted(near, key=lambda s: flow.least(s[1]))
+    yield from sets[len(near) :]
 
 
 def _rank(choice: Choice) -> tuple[int, int, float]:

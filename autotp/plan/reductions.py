@@ -29,7 +29,7 @@ from ..axes.analysis import Analysis, OpInfo
 from ..axes.term import Atom, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, sharded_share
-from .cut import VertexCut
+from .cut import Cache, VertexCut
 
 #: Costs are counted in 1/FINE bytes, so that among equals a hook goes before a patch of the user's source.
 FINE = 64
@@ -125,6 +125,9 @@ class Flow:
         )
         self.differentiable = self._differentiable()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
+        self._cuts: Cache = {}
+        self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
+        self._held: dict[fx.Node, frozenset[Atom]] = {}
         self._dims_atoms = {
             node: frozenset(a for dims in outs for a in atoms_of(dims)) for node, outs in analysis.dims.items()
         }
@@ -143,11 +146,21 @@ class Flow:
 
     def held_by_op(self, node: fx.Node, sharded: frozenset[Atom]) -> frozenset[Atom]:
         """The sharded axes on any operand (as used) or output of the op."""
-        own = self._own.get(node)
-        return sharded & own if own else frozenset()
+        if sharded is not self._asked:
+            self._asked, self._held = sharded, {}
+        found = self._held.get(node)
+        if found is None:
+            found = self._held[node] = sharded & self._own.get(node, frozenset())
+        return found
 
     def held_by(self, node: fx.Node, sharded: frozenset[Atom]) -> frozenset[Atom]:
         return sharded & self._dims_atoms.get(node, frozenset())
+
+    def least(self, chosen: tuple[Candidate, ...]) -> int:
+        """A lower bound of the communication, found quickly: the gathers, which the axes alone decide."""
+        sharded = frozenset(a for c in chosen for a in c.atoms)
+        found = {(c.producer, c.dim): c.cost for c in self._conversions(sharded) if c.kind == "gather"}
+        return sum(found.values())
 
     def communicate(self, chosen: tuple[Candidate, ...]) -> Communication:
         """The cheapest communication for these axes.
@@ -261,7 +274,7 @@ class Flow:
                 return edge.operand in info.linear.of and not any(o in reached for o in others)
             return False
 
-        cut: VertexCut[fx.Node] = VertexCut()
+        cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         frontier = sorted(sources, key=self.order.__getitem__)
         added = set(frontier)
         for node in frontier:
@@ -350,7 +363,7 @@ class Flow:
                 reached |= {
                     o.node for o in ops[node].operands if o.node in self.differentiable and o.node not in disjoint
                 }
-        cut: VertexCut[fx.Node] = VertexCut()
+        cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         for node in sorted(reached, key=self.order.__getitem__):
             is_param = node in self.params
             willing = 0 if is_param else self.places.enter(node)
