@@ -32,12 +32,11 @@ def is_user_file(filename: str) -> bool:
     return path.startswith(_PACKAGES) or not path.startswith(_STDLIB)
 
 
-@cache
+@cache  # code objects are compared by value: equal ones in two files have the same positions, but not the same name
 def _positions(code: CodeType) -> list[tuple[int | None, int | None, int | None, int | None]]:
     return list(code.co_positions())
 
 
-@cache
 def site_at(code: CodeType, lasti: int) -> Site:
     """The expression that `code` was at."""
     positions = _positions(code)
