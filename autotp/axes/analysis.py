@@ -5,8 +5,8 @@ A rule that fails to unify is taken back, and its op blocks every dim it touches
 
 Values that depend on no parameter (inputs, buffers, `arange`, masks) are the same on every rank. They have
 axes of their own, and an op that works on parameters *clones* them at each use: the operand's dims get fresh
-atoms (with the structure kept), so that a rotary table or a mask that all layers share ties none of their
-axes together. What a clone keeps is that the batch and sequence dims of the inputs are frozen.
+atoms, so that a rotary table or a mask that all layers share ties none of their axes together. What a clone
+keeps is that the batch and sequence dims of the inputs are frozen.
 """
 
 from __future__ import annotations

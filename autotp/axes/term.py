@@ -130,21 +130,12 @@ class Solver:
         return set(atoms_of(self.resolve(dim)))
 
     def clone(self, dims: Sequence[Dim]) -> tuple[Dim, ...]:
-        """Dims of the same structure with atoms of their own; frozen ones stay frozen, shared ones shared."""
-        copies: dict[Atom, Atom] = {}
+        """Dims of the same sizes with atoms of their own, for one use of a value that is whole on every rank.
 
-        def copy(dim: Dim) -> Dim:
-            factors: list[Factor] = []
-            for factor in dim:
-                if isinstance(factor, Cat):
-                    factors.append(Cat(tuple(copy(part) for part in factor.parts)))
-                else:
-                    if factor not in copies:
-                        copies[factor] = self._atom(factor.size, factor in self._frozen)
-                    factors.append(copies[factor])
-            return tuple(factors)
-
-        return tuple(copy(self.resolve(dim)) for dim in dims)
+        What is frozen stays frozen. Structure is not kept: whichever slice the use needs can be cut from the
+        whole value. (ALiBi slopes of 6 heads are made as 4 and 2; that must not cut the heads so.)
+        """
+        return tuple(self.fresh(size_of(dim), frozen=self.is_frozen(dim)) for dim in dims)
 
     # ---- freezing
 

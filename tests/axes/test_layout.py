@@ -163,7 +163,7 @@ def label(dim: Dim, partition: Partition, rank: int) -> list[bool]:
     return held
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(some_dim(), some_partition())
 def test_runs_are_the_elements_that_the_definition_says(dim: Dim, partition: Partition) -> None:
     for rank in range(partition.size):

@@ -204,12 +204,12 @@ def test_the_older_atom_stays() -> None:
     assert solver.resolve(new) == old
 
 
-def test_clone_keeps_structure_sharing_and_frozenness() -> None:
+def test_clone_keeps_sizes_and_frozenness_only() -> None:
     solver = Solver()
     half, batch = solver.fresh(4), solver.fresh(3, frozen=True)
-    dims = (batch, solver.concat([half, half]), half)
+    dims = (batch, solver.concat([half, half]), half, ())
     copy = solver.clone(dims)
-    assert text(solver, *copy) == text(solver, *dims) == "a3 , (b4 | b4) , b4"
+    assert text(solver, *copy) == "a3 , b8 , c4 , 1"
     assert not solver.atoms(copy[1]) & solver.atoms(dims[1])
     assert solver.is_frozen(copy[0])
     assert not solver.is_frozen(copy[1])
@@ -291,7 +291,7 @@ def check_normal(dim: Dim) -> None:
             assert factor.size > 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_sequence_of_refinements_keeps_sizes_and_normal_form(data: st.DataObject) -> None:
     solver = Solver()

@@ -70,7 +70,9 @@ def rule(*targets: str) -> Callable[[Rule], Rule]:
 
     def register(fn: Rule) -> Rule:
         for target in targets:
-            _RULES[target] = fn
+            if _RULES.setdefault(target, fn) is not fn:
+                both = f"{_RULES[target].__module__} and {fn.__module__}"
+                raise RuleError(f"two sharding rules for {target}, of {both}")
         return fn
 
     return register
@@ -106,7 +108,7 @@ def einsum_rule(
     added: Iterable[int] = (),
     random: bool = False,
 ) -> None:
-    """Register one line as the rule of ops."""  # fmt: skip
+    """Register one line as the rule of ops."""
     rule(*targets)(make_einsum_rule(text, blocked, linear, of, added, random))
 
 
@@ -119,4 +121,4 @@ def register_rule(name: str, text: str, blocked: str = "") -> None:
     """
     if not re.fullmatch(r"\w+::\w+(\.\w+)?", name):
         raise RuleError(f"register_rule: {name!r} is not the name of an op, such as 'mylib::attn'")
-    rule(name.replace("::", "."))(make_einsum_rule(text, blocked))
+    _RULES[name.replace("::", ".")] = make_einsum_rule(text, blocked)

@@ -1,4 +1,4 @@
-"""Rules of the remaining ops that move elements: aliases and casts, flips and triangles, padding, windows,
+"""Rules of the remaining ops that move elements: aliases and casts, triangles, padding, windows,
 complex pairs.
 """
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from autotp.axes.rules.dims import normalized, pass_but
+from autotp.axes.rules.dims import pass_but
 from autotp.axes.rules.registry import OpContext, rule
-from autotp.axes.term import CannotUnify
 
 
 def _self(op: OpContext) -> int:
@@ -28,9 +27,9 @@ def _is_linear_cast(op: OpContext, i: int) -> bool:
 
 @rule(
     "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift",
-    "aten.lift_fresh", "aten.lift_fresh_copy", "aten._to_copy", "aten.to", "aten.type_as", "aten.positive",
-    "aten.requires_grad_", "aten.pin_memory", "aten.view_copy", "aten.alias_copy", "aten._conj",
-    "aten._neg_view", "aten.resolve_conj", "aten.resolve_neg", "aten.cpu", "aten.cuda", "aten.data",
+    "aten.lift_fresh", "aten.lift_fresh_copy", "aten._to_copy", "aten.to", "aten.type_as",
+    "aten.requires_grad_", "aten.pin_memory", "aten.view_copy", "aten.alias_copy",
+    "aten._neg_view", "aten.cpu", "aten.cuda", "aten.data",
     "aten._autocast_to_reduced_precision", "aten._autocast_to_full_precision", "prims.convert_element_type",
 )  # fmt: skip
 def same(op: OpContext) -> None:
@@ -55,17 +54,6 @@ def _blocked(op: OpContext, at: Iterable[int], linear: bool = True) -> None:
     op.out(pass_but(op, i, at))
     if linear:
         op.linear("add", [i])
-
-
-@rule("aten.roll", "aten.flip", "aten.fliplr", "aten.flipud", "aten.rot90")
-def moved(op: OpContext) -> None:
-    """Elements move along the listed dims (all, if none are listed): blocked there."""
-    i = _self(op)
-    name = str(op.node.target).split(".")[1]
-    if name == "rot90":
-        raise CannotUnify("rot90 turns two dims into each other")
-    dims = {"fliplr": [1], "flipud": [0]}.get(name, op.args.get("dims"))
-    _blocked(op, normalized(dims, op.rank(i)))
 
 
 @rule("aten.tril", "aten.triu", "aten.tril_", "aten.triu_")
