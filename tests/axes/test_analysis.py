@@ -48,8 +48,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
     (
         "llama", "LlamaConfig", GROUPED,
         {
-            "c_attn.weight": "60 , (6·10 | 6·10 | 6·10)",
-            "c_attn.bias": "(6·10 | 6·10 | 6·10)",
+            "q_proj.weight": "3·2·(5 | 5) , 60",
+            "k_proj.weight": "3·(5 | 5) , 60", "v_proj.weight": "3·10 , 60",
             "o_proj.weight": "60 , 3·2·10", "gate_proj.weight": "70 , 60", "down_proj.weight": "60 , 70",
         },
     ),
