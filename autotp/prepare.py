@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .rewrite.anchors import Anchors
 from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
+from .rewrite.views import another_view, first_view
 from .trace.fold import Folds
 from .trace.graph import Trace
 from .trace.capture import trace
@@ -72,8 +73,9 @@ def prepare(
         raise PlanError(f"the tensor-parallel degree has to be a whole number of at least 1, not {tp!r}")
     overrides = Overrides.load(given)
     wanted = scenarios(model, example_inputs)
-    traces, folds = trace_model(model, wanted[:1])
-    analysis = analyse(traces[0])
+    traces, folds = trace_model(model, wanted)
+    analyses = [analyse(t) for t in traces]
+    analysis = analyses[0]
     anchors = Anchors(traces[0])
     allow, require = overrides.apply(analysis, folds, model, tp)
     excluded: dict[str, str] = {}
@@ -86,7 +88,7 @@ def prepare(
             require=require,
         )
         try:
-            rewriting = _rewrite(analysis, choice, anchors, wanted[0], tp, verify)
+            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, verify)
             break
         except RewriteError as error:
             culprits = _culprits(analysis, choice, error)
@@ -114,16 +116,24 @@ def prepare(
 
 
 def _rewrite(
-    analysis: Analysis, choice: Choice, anchors: Anchors, scenario: Scenario, tp: int, verify: bool
+    analyses: Sequence[Analysis],
+    choice: Choice,
+    anchors: Anchors,
+    scenarios: Mapping[str, Scenario],
+    tp: int,
+    verify: bool,
 ) -> Rewriting:
-    base = analysis.trace.module
+    base = analyses[0].trace.module
 
-    def retrace(rewritten: nn.Module) -> Trace:
-        return trace(
-            rewritten, scenario.args, scenario.kwargs, scenario.name, training=scenario.training, run=scenario.run
-        )
+    def retrace(name: str) -> Callable[[nn.Module], Trace]:
+        s = scenarios[name]
+        return lambda rewritten: trace(rewritten, s.args, s.kwargs, s.name, training=s.training, run=s.run)
 
-    return rewrite_and_verify(lambda: skeleton(base), retrace, analysis, choice, anchors, tp, "", verify=verify)
+    main = first_view(analyses[0], choice, anchors, retrace(analyses[0].trace.scenario))
+    others = [
+        another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode") for a in analyses[1:]
+    ]
+    return rewrite_and_verify(lambda: skeleton(base), main, others, tp, verify=verify)
 
 
 def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:

@@ -162,8 +162,8 @@ class Flow:
         found = {(c.producer, c.dim): c.cost for c in self._conversions(sharded) if c.kind == "gather"}
         return sum(found.values())
 
-    def communicate(self, chosen: tuple[Candidate, ...]) -> Communication:
-        """The cheapest communication for these axes.
+    def communicate(self, chosen: tuple[Candidate, ...], gradients: bool = True) -> Communication:
+        """The cheapest communication for these axes; without ``gradients`` that of the forward only.
 
         Raises:
             PlanError: the axes cannot be sharded together without a step that autotp cannot take.
@@ -176,8 +176,13 @@ class Flow:
         eager = self._forward(sharded, conversions, masks=True)
         if eager[3] + FINE <= forward_cost:  # masking whole addends pays only where it saves bytes
             reduce, partial, masked, forward_cost = eager
-        close = self._closed(sharded, conversions)
-        enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions, close)
+        close: frozenset[fx.Node] = frozenset()
+        enter: dict[fx.Node, tuple[Edge, ...]] = {}
+        sync: frozenset[fx.Node] = frozenset()
+        backward_cost = 0
+        if gradients:
+            close = self._closed(sharded, conversions)
+            enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions, close)
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
         cost = forward_cost + backward_cost + sum(gathers.values()) + sum(map(all_reduce_cost, close))
         count = len(reduce) + len(enter) + len(close) + len(sync) + len(gathers)
@@ -260,7 +265,7 @@ class Flow:
 
         def accepts(edge: Edge) -> bool:
             info = ops[edge.consumer]
-            if info.mutates is not None or info.random or (edge.producer, edge.consumer) in converted:
+            if info.mutates is not None or (edge.producer, edge.consumer) in converted:
                 return False
             if self.held_by_op(edge.consumer, sharded) or _dtype(edge.producer) != _dtype(edge.consumer):
                 return False  # a sum is taken in the dtype in which it arose: rounding is not linear

@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from ..axes.analysis import Analysis
+from ..axes.layout import Partition
+from ..axes.term import Atom
 from ..axes.term import atoms_of as term_atoms
 from ..errors import AutoTPError, RewriteError, VerifyError
-from ..plan.planner import Choice
 from ..runtime.group import pretend_group
-from ..trace.graph import Trace
 from ..trace.provenance import AttrPath, Const, Dim, Expr, Op, evaluate, expression
-from .anchors import Anchors
 from .apply import AttrKey, LocalConstants, apply, attribute_of, sharded_atoms
 from .bind import Rank
 from .constants import Equation, solve
-from ..axes.layout import Partition
 from .patch import Patch, SizeAt
-from .program import Program, compile_program
+from .program import Program
 from .splice import Scaled
 from .steps import AllReduce, Enter
 from .verify import Verifier
+from .views import View, merged
 from .wanted import Wanted, wanted_ints
 
 
@@ -51,47 +50,66 @@ class Rewriting:
 
 
 def local_constants(
-    model: nn.Module, analysis: Analysis, program: Program, anchors: Anchors, rank: Rank, frozen: frozenset[AttrKey]
+    model: nn.Module, views: Sequence[View], rank: int, tp: int, prefix: str, frozen: frozenset[AttrKey]
 ) -> LocalConstants:
-    """The attributes and size arguments of one rank.
+    """The attributes and size arguments of one rank, right in every scenario.
 
     Raises:
         RewriteError: a size that has to be local is hidden where no patch reaches it.
     """
-    swapped = {leaf.fqn for leaf in program.leaves}
-    skip = frozenset(node for node in analysis.ops if anchors.leaf_of(node) in swapped)
-    wanted, lost = wanted_ints(analysis, rank, skip)
-    if lost:
-        first = lost[0]
-        raise RewriteError(
-            f"{analysis.trace.where(first.node)}: {first.node.target} needs size {first.local} in place of {first.value} "
-            f"on rank {rank.rank}, which no argument in the code says",
-            first.node.meta.get("module", ""),
-        )
     whole = attribute_of(model)
+    sizes: dict[fx.Node, Callable[[int], int]] = {}
+    equations: list[Equation] = []
+    home: dict[int, View] = {}
+    for view in views:
+        own = view.rank(rank, tp, prefix)
+        sizes.update(_local_sizes(view.analysis, own))
+        for want in _wanted(view, own):
+            home[id(want)] = view
+            equations.append(Equation(expression(want.call.ints[want.index][1]), want.local, want.call.site, want))
 
     def dim(node: fx.Node, d: int) -> int:
-        dims = analysis.dims.get(node)
-        value = node.meta["val"]
-        return rank.size(dims[0][d]) if dims else int(value.shape[d])
+        return sizes[node](d)
 
-    equations = [
-        Equation(expression(want.call.ints[want.index][1]), want.local, want.call.site, want) for want in wanted
-    ]
     solution = solve([e for e in equations if not isinstance(e.expr, Const)], whole, dim, frozen)
-    unsolved: list[Wanted] = [e.tag for e in solution.unsolved if isinstance(e.tag, Wanted)]
-    unsolved += [e.tag for e in equations if isinstance(e.expr, Const) and isinstance(e.tag, Wanted) and e.expr.value != e.want]
+    unsolved = [*solution.unsolved, *(e for e in equations if isinstance(e.expr, Const) and e.expr.value != e.want)]
     patches: dict[str, list[Patch]] = defaultdict(list)
-    for want in unsolved:
+    for equation in unsolved:
+        want = equation.tag
+        assert isinstance(want, Wanted)
         if not want.call.frames:
             raise RewriteError(
-                f"{want.call.module}: {want.call.func} needs size {want.local} in place of {want.value} on rank {rank.rank}, "
+                f"{want.call.module}: {want.call.func} needs size {want.local} in place of {want.value} on rank {rank}, "
                 "but no expression of the source passes it",
                 want.call.module,
             )
-        value = _patched_size(want, analysis, dim, lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path)))
+        value = _patched_size(
+            want, home[id(want)].analysis, dim, lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path))
+        )
         patches[want.call.module].append(Patch(want.call.frames, (SizeAt.of(want.call, want.index, value),)))
     return LocalConstants(dict(solution.attrs), {fqn: tuple(dict.fromkeys(found)) for fqn, found in patches.items()})
+
+
+def _local_sizes(analysis: Analysis, rank: Rank) -> Mapping[fx.Node, Callable[[int], int]]:
+    def of(node: fx.Node) -> Callable[[int], int]:
+        dims = analysis.dims.get(node)
+        return lambda d: rank.size(dims[0][d]) if dims else int(node.meta["val"].shape[d])
+
+    return {node: of(node) for node in analysis.trace.graph.nodes}
+
+
+def _wanted(view: View, rank: Rank) -> list[Wanted]:
+    swapped = {leaf.fqn for leaf in view.program.leaves}
+    skip = frozenset(node for node in view.analysis.ops if view.anchors.leaf_of(node) in swapped)
+    wanted, lost = wanted_ints(view.analysis, rank, skip)
+    if lost:
+        first = lost[0]
+        raise RewriteError(
+            f"{view.analysis.trace.where(first.node)}: {first.node.target} needs size {first.local} in place of "
+            f"{first.value} on rank {rank.rank}, which no argument in the code says",
+            first.node.meta.get("module", ""),
+        )
+    return wanted
 
 
 def _patched_size(
@@ -125,32 +143,30 @@ def sizes_in(expr: Expr) -> Iterator[Dim]:
 
 def rewrite_and_verify(
     make_skeleton: Callable[[], nn.Module],
-    retrace: Callable[[nn.Module], Trace],
-    analysis: Analysis,
-    choice: Choice,
-    anchors: Anchors,
+    main: View,
+    others: Sequence[tuple[View, Mapping[Atom, Atom]]],
     tp: int,
-    prefix: str,
+    prefix: str = "",
     verify: bool = True,
 ) -> Rewriting:
-    """Compile the choice to edits and prove them on skeletons, one for each kind of rank.
+    """Compile the choice to edits and prove them on skeletons, in every scenario, for each kind of rank.
 
     Raises:
         RewriteError: the code cannot be edited so; VerifyError: it can, but does not compute what was planned.
     """
-    program = compile_program(analysis, choice, anchors)
-    partition = Partition({atom.id: ranges for atom, ranges in choice.ranges.items()})
-    verifier = Verifier(analysis, choice, program, anchors)
+    program = merged(main, others, tp)
+    views = [main, *(view for view, _ in others)]
+    partition = main.rank(0, tp, prefix).partition
+    if not verify:
+        return Rewriting(program, partition, (), "")
+    verifiers = [Verifier(v.analysis, v.choice, v.program, v.anchors, v.gradients) for v in views]
     constants: list[LocalConstants] = []
     proven: dict[object, LocalConstants] = {}
     diff = ""
-    if not verify:
-        return Rewriting(program, partition, (), "")
     for r in range(tp):
-        rank = Rank(r, tp, partition, prefix)
         kind = tuple(stop - start for ranges in partition.ranges.values() for start, stop in [ranges[r]])
         if kind not in proven:
-            proven[kind], patches = _prove(make_skeleton, retrace, analysis, program, anchors, verifier, rank)
+            proven[kind], patches = _prove(make_skeleton, program, views, verifiers, main.rank(r, tp, prefix))
             diff = diff or patches
         constants.append(proven[kind])
     return Rewriting(program, partition, tuple(constants), diff)
@@ -158,23 +174,22 @@ def rewrite_and_verify(
 
 def _prove(
     make_skeleton: Callable[[], nn.Module],
-    retrace: Callable[[nn.Module], Trace],
-    analysis: Analysis,
     program: Program,
-    anchors: Anchors,
-    verifier: Verifier,
+    views: Sequence[View],
+    verifiers: Sequence[Verifier],
     rank: Rank,
 ) -> tuple[LocalConstants, str]:
-    """Solve, rewrite, trace and verify; once more without changed attributes in the module where it failed."""
+    """Solve, rewrite, trace and verify; once more without changed attributes where that failed."""
     frozen: frozenset[AttrKey] = frozenset()
     first: AutoTPError | None = None
     while True:
         model = make_skeleton()
-        constants = local_constants(model, analysis, program, anchors, rank, frozen)
+        constants = local_constants(model, views, rank.rank, rank.tp, rank.prefix, frozen)
         try:
             with pretend_groups(program, rank):
                 applied = apply(model, program, constants, rank)
-                verifier.verify(retrace(model), rank)
+                for view, verifier in zip(views, verifiers, strict=True):
+                    verifier.verify(view.retrace(model), view.rank(rank.rank, rank.tp, rank.prefix))
             return constants, "".join(a.diff() for a in applied)
         except AutoTPError as error:
             first = first or error

@@ -58,7 +58,10 @@ class _Value:
 class Verifier:
     """Verifies the local traces of one plan; made once for all ranks."""
 
-    def __init__(self, analysis: Analysis, choice: Choice, program: Program, anchors: Anchors) -> None:
+    def __init__(
+        self, analysis: Analysis, choice: Choice, program: Program, anchors: Anchors, gradients: bool = True
+    ) -> None:
+        self.gradients = gradients  # without, the sums of gradients are not looked at
         self.analysis = analysis
         self.choice = choice
         self.program = program
@@ -192,6 +195,8 @@ class _Comparison:
         if step is not None:
             assert source is not None
             value = values[source]
+            if step[0] == "enter" and not self.v.gradients:
+                return value
             return _Value(value.root, value.output, (*value.steps, step))
         if node.target is operator.getitem and source is not None:
             value = values[source]
@@ -304,6 +309,8 @@ class _Comparison:
         if leaf.bias == "masked":
             expected.add("mask")
         found = {s[0] for n in nodes[call.first : call.last] if (s := _step_of(n)) is not None}
+        if not self.v.gradients:
+            found.discard("enter")
         if leaf.kind != "attention" and found - {"mask"} != expected - {"mask"}:
             shared = leaf.share is not None and expected - found <= {"enter"}
             if not shared:
