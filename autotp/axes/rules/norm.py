@@ -112,3 +112,16 @@ def similarity(op: OpContext) -> None:
     out = op.broadcast(operands)
     keep = bool(op.args.get("keepdim", False))
     op.out([() if d == at else dim for d, dim in enumerate(out) if d != at or keep])
+
+
+@rule("aten._weight_norm", "aten._weight_norm_interface")
+def weight_norm(op: OpContext) -> None:
+    """``v · g / ‖v‖``: one norm for each element of one dim, the others are blocked."""
+    v, g = op.tensor("v"), op.tensor("g")
+    at = int(op.args["dim"]) % op.rank(v)
+    out = pass_but(op, v, [d for d in range(op.rank(v)) if d != at])
+    out[at] = op.join([(v, at), *([(g, at)] if op.rank(g) == op.rank(v) else [])])
+    norms = [[out[at] if d == at else () for d in range(op.rank(v))]] * (len(op.out_shapes()) - 1)
+    op.outs([out, *norms])
+    if not norms:
+        op.linear("mul", [g])
