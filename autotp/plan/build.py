@@ -213,7 +213,7 @@ class _Builder:
         ]
         for kind, node in sorted(forward, key=lambda item: order[item[1]]):
             found += self.at("forward", kind, node)
-        for node in sorted(comm.enter, key=order.__getitem__, reverse=True):
+        for node in sorted({*comm.enter, *comm.close}, key=order.__getitem__, reverse=True):
             found += self.at("backward", "all_reduce", node)
         for node in sorted(comm.sync, key=order.__getitem__):
             for name in self.folds.originals(names[node]):
