@@ -327,13 +327,13 @@ class Solver:
             return major, minor
 
         def each_part() -> tuple[Dim, Dim]:  # (H·D | D | D) = (H | 1 | 1)·D
+            groups = _grouped(factor.parts, inner)
+            if len(groups) == 1:
+                raise CannotUnify(f"{show((factor,))} has no inner factor of {inner}")
             majors: list[Dim] = []
             minor: Dim | None = None
-            for part in factor.parts:
-                n = size_of(part)
-                if n % inner:
-                    raise CannotUnify(f"{show((factor,))} has no inner factor of {inner}")
-                major, own = self._take(self.resolve(part), n // inner)
+            for group in groups:
+                major, own = self._take(self.resolve(group), size_of(group) // inner)
                 majors.append(major)
                 if minor is None:
                     minor = own
@@ -395,3 +395,18 @@ class Solver:
 
 def _lone_atom(dim: Dim) -> Atom | None:
     return dim[0] if len(dim) == 1 and isinstance(dim[0], Atom) else None
+
+
+def _grouped(parts: Sequence[Dim], inner: int) -> list[Dim]:
+    """Consecutive parts put together until each group is a multiple of `inner`.
+
+    With D of two halves, (H·D | D) is written (H·(d | d) | d | d), of which the last two belong together.
+    """
+    groups: list[Dim] = []
+    group: list[Dim] = []
+    for part in parts:
+        group.append(part)
+        if sum(size_of(p) for p in group) % inner == 0:
+            groups.append(concat(group))
+            group = []
+    return groups
