@@ -96,9 +96,11 @@ def slice_parameters(
                 places[id(parameter)].append((module, name))
     for fqn, dims in slices.items():
         module, name = owner(model, fqn)
-        whole = module._parameters[name]
+        whole = module._parameters.get(name)
         if whole is None:
             raise RewriteError(f"{fqn} is no plain parameter")
+        if any(whole is local for local in made.values()):
+            continue  # tied to one that has been sliced
         local = place(local_slice(whole.detach(), dims, rank))
         made[id(whole)] = nn.Parameter(local, requires_grad=whole.requires_grad)
         made[id(whole)].__dict__.update(whole.__dict__)

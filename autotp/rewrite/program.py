@@ -209,6 +209,7 @@ class _Compiler:
             for fqn, node in self.trace.params.items()
             if self.sharded & set(atoms_of(self.analysis.dims[node][0]))
         }
+        slices |= {alias: slices[fqn] for alias, fqn in self.trace.aliases.items() if fqn in slices}
         names = {node: fqn for fqn, node in self.trace.params.items()}
         sync = {names[node]: self.analysis.dims[node][0] for node in self.comm.sync}
         return self._finish(slices, sync)
