@@ -11,6 +11,10 @@ they meet a whole gradient, a parameter, or an op that needs the gradient whole.
 forward, all-reduce backward; Megatron-LM's *f*, Shoeybi et al. 2019) at a value serves all of its sharded
 uses. Again a minimum vertex cut, on the gradients.
 
+Each cut is exact. They meet where a Partial passes through a product: the gradient of the other factor is then Partial too.
+So the forward is cut four times (with such products or without, with whole addends masked or not), the backward after each,
+and the cheapest pair is taken.
+
 **Conversions** are fixed by the axes: where producer and use of a value disagree it is gathered or sliced.
 
 Costs are in units of bytes × (tp−1)/tp that a ring moves per rank: an all-reduce of *n* bytes counts 2·n,
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -172,21 +176,32 @@ class Flow:
         pairs = {c.atoms[0]: c.atoms[1] for c in chosen if len(c.atoms) == 2}
         conversions = tuple(self._conversions(sharded))
         self._check_contractions(sharded, pairs)
-        reduce, partial, masked, forward_cost = self._forward(sharded, conversions, masks=False)
-        eager = self._forward(sharded, conversions, masks=True)
-        if eager[3] + FINE <= forward_cost:  # masking whole addends pays only where it saves bytes
-            reduce, partial, masked, forward_cost = eager
-        close: frozenset[fx.Node] = frozenset()
-        enter: dict[fx.Node, tuple[Edge, ...]] = {}
-        sync: frozenset[fx.Node] = frozenset()
-        backward_cost = 0
-        if gradients:
-            close = self._closed(sharded, conversions)
-            enter, sync, backward_cost = self._backward(sharded, pairs, partial - reduce, masked, conversions, close)
+        close = self._closed(sharded, conversions) if gradients else frozenset()
+        best: Communication | None = None
+        seen: set[tuple[frozenset[fx.Node], frozenset[Edge]]] = set()
+        failure = PlanError("no way to sum")
+        for masks, products in ((False, False), (False, True), (True, False), (True, True)):
+            try:
+                reduce, partial, masked, price = self._forward(sharded, conversions, masks, products)
+                if (reduce, masked) in seen:
+                    continue
+                seen.add((reduce, masked))
+                enter: dict[fx.Node, tuple[Edge, ...]] = {}
+                sync: frozenset[fx.Node] = frozenset()
+                if gradients:
+                    enter, sync, back = self._backward(sharded, pairs, partial - reduce, masked, conversions, close)
+                    price += back
+            except PlanError as error:
+                failure = error
+                continue
+            if best is None or price + FINE <= best.cost_bytes:  # the plainer way, unless another one saves bytes
+                best = Communication(reduce, masked, partial, enter, close, sync, conversions, price)
+        if best is None:
+            raise failure
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        cost = forward_cost + backward_cost + sum(gathers.values()) + sum(map(all_reduce_cost, close))
-        count = len(reduce) + len(enter) + len(close) + len(sync) + len(gathers)
-        return Communication(reduce, masked, partial, enter, close, sync, conversions, cost, count)
+        cost = best.cost_bytes + sum(gathers.values()) + sum(map(all_reduce_cost, close))
+        count = len(best.reduce) + len(best.enter) + len(close) + len(best.sync) + len(gathers)
+        return replace(best, cost_bytes=cost, collectives=count)
 
     # ---- conversions ---------------------------------------------------------------------------
 
@@ -251,18 +266,13 @@ class Flow:
     # ---- forward -------------------------------------------------------------------------------
 
     def _forward(
-        self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...], masks: bool
+        self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...], masks: bool, products: bool
     ) -> tuple[frozenset[fx.Node], frozenset[fx.Node], frozenset[Edge], int]:
         ops = self.analysis.ops
         sources = {n for n, info in ops.items() if sharded & frozenset(atoms_of(info.contracted))}
         if not sources:
             return frozenset(), frozenset(), frozenset(), 0
         converted = {(c.producer, c.consumer) for c in conversions}
-        reached = set(sources)
-        for node, info in ops.items():
-            if node not in reached and any(o.node in reached for o in info.operands):
-                reached.add(node)
-
         def accepts(edge: Edge) -> bool:
             info = ops[edge.consumer]
             if info.mutates is not None or (edge.producer, edge.consumer) in converted:
@@ -276,8 +286,15 @@ class Flow:
                 )
             if info.linear.kind == "mul":
                 others = [o.node for j, o in enumerate(info.operands) if j != edge.operand]
-                return edge.operand in info.linear.of and not any(o in reached for o in others)
+                if edge.operand not in info.linear.of or any(o in reached for o in others):
+                    return False
+                return products or not any(o in self.differentiable for o in others)
             return False
+
+        reached = set(sources)  # what may be Partial
+        for node, info in ops.items():
+            if any(o.node in reached and accepts(Edge(o.node, node, i)) for i, o in enumerate(info.operands)):
+                reached.add(node)
 
         cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         frontier = sorted(sources, key=self.order.__getitem__)
