@@ -25,6 +25,7 @@ from ..runtime.edges import Take as EdgeTake
 from ..runtime.embedding import EmbeddingOptions, ShardedEmbedding
 from ..runtime.gradients import Part, sync_gradient
 from ..runtime.linear import LinearOptions, ShardedLinear, ShardedTransposedLinear
+from ..runtime.rng import DrawGate
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
 from .bind import Bound, Rank, bind
@@ -241,7 +242,9 @@ def _swap_attention(
     if any(n % (parts * module.head_dim) for n in rows):
         raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by whole heads only")
     heads = tuple(n // (parts * module.head_dim) for n in rows)
-    options = AttentionOptions(rank.prefix, heads, rank.rank, enter, reduce, rank.rank == 0)
+    named = {("args", i): name for i, name in enumerate(("query", "key", "value"))}
+    enters = frozenset(named[path] if path in named else str(path[1]) for path in leaf.ports)
+    options = AttentionOptions(rank.prefix, heads, rank.rank, enter, reduce, rank.rank == 0, enters)
     ShardedMultiheadAttention.swap(module, options)
 
 
@@ -315,6 +318,14 @@ def _patch(
         fn = _chain(wrap, rank, shared)
         edit = WrapEdit(fn) if wrap.operand is None else WrapArg(wrap.operand, fn)
         patches[wrap.module].append(Patch(wrap.frames, (edit,)))
+    for draw in program.draws:
+        own = DrawGate(rank.prefix)
+        if draw.frames is None:
+            own.around(model.get_submodule(draw.module))
+        else:
+            assert draw.operand is not None
+            gates = (WrapArg(draw.operand, own.open), WrapEdit(own.close))
+            patches[draw.module].append(Patch(draw.frames, gates))
     applied = []
     for fqn, found in patches.items():
         try:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import fx
+from torch import fx, nn
 
 from ..axes.analysis import Analysis
 from ..axes.term import Atom, Dim
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Edge
+from ..plan.reductions import Edge, is_disjoint
 from ..trace.graph import Path, Site
 from .anchors import Anchors, Boundary, LeafKind
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take
@@ -27,7 +27,7 @@ class Leaf:
     """A leaf module that is swapped for its sharded class.
 
     Attributes:
-        before: steps on its (first) input; after: steps on its output.
+        before: steps on the inputs at ``ports``; after: steps on its output.
         bias: added locally, once after the reduce, or on one rank only because the output stays Partial.
         share: leaves with the same number enter the same value and share its gradient's all-reduce.
     """
@@ -38,6 +38,7 @@ class Leaf:
     after: tuple[Step, ...] = ()
     bias: Bias = "local"
     share: int | None = None
+    ports: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,15 @@ class Wrap:
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """Random numbers for a sharded value: each rank draws its own. In all of a module, or (``frames``) in one call."""
+
+    module: str
+    frames: tuple[Site, ...] | None = None
+    operand: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """All edits but the local constants. ``hooks`` maps a boundary to its steps, ``sync`` a parameter to the axes it holds."""
 
@@ -60,6 +70,7 @@ class Program:
     hooks: Mapping[Boundary, tuple[Step, ...]]
     wraps: tuple[Wrap, ...]
     sync: Mapping[str, tuple[Dim, ...]]
+    draws: tuple[Draw, ...] = ()
 
 
     def unfolded(self, originals: Callable[[str], Sequence[str]]) -> Program:
@@ -83,6 +94,7 @@ class Program:
                 for i, name in enumerate(originals(wrap.module))
             ),
             {name: dims for fqn, dims in self.sync.items() for name in originals(fqn)},
+            tuple(replace(draw, module=name) for draw in self.draws for name in originals(draw.module)),
         )
 
 
@@ -92,6 +104,7 @@ class _Draft:
 
     leaf_before: dict[str, dict[int, list[Step]]] = field(default_factory=lambda: defaultdict(dict))
     leaf_after: dict[str, dict[int, list[Step]]] = field(default_factory=lambda: defaultdict(dict))
+    leaf_ports: dict[str, set[Path]] = field(default_factory=lambda: defaultdict(set))
     bias: dict[str, Bias] = field(default_factory=dict)
     share: dict[str, int] = field(default_factory=dict)
     hooks: dict[Boundary, dict[int, list[Step]]] = field(default_factory=lambda: defaultdict(dict))
@@ -214,6 +227,30 @@ class _Compiler:
         sync = {names[node]: self.analysis.dims[node][0] for node in self.comm.sync}
         return self._finish(slices, sync)
 
+    def _draws(self) -> tuple[Draw, ...]:
+        """The ops that draw random numbers for sharded values."""
+        found: dict[Draw, None] = {}
+        pairs = {c.atoms[0]: c.atoms[1] for c in self.choice.candidates if len(c.atoms) == 2}
+        for node, info in self.analysis.ops.items():
+            dims = [d for d in (*info.out, *(o.dims for o in info.operands)) if self.sharded & set(atoms_of(d))]
+            leaf = self.anchors.leaf_of(node)
+            if not info.random or not dims or (leaf is not None and self.anchors.leaves[leaf] == "attention"):
+                continue
+            module, call = node.meta.get("module", ""), self.anchors.site_of(node)
+            if not any(is_disjoint(d, self.sharded, pairs) for d in dims):
+                raise RewriteError(
+                    f"{node.target} in {self.trace.where(node)}: draws random numbers for a value that some ranks have in "
+                    "common and others have not",
+                    module,
+                )
+            if isinstance(self.anchors.modules[module], nn.modules.dropout._DropoutNd):
+                found[Draw(module)] = None
+            elif call is not None and info.operands:
+                found[Draw(call.module, call.frames, info.operands[0].path)] = None
+            else:
+                raise RewriteError(f"{node.target} in {self.trace.where(node)}: cannot draw other numbers on each rank", module)
+        return tuple(found)
+
     # ---- where it goes ---------------------------------------------------------------------------
 
     def _call_index(self, fqn: str, node: fx.Node) -> int:
@@ -237,8 +274,10 @@ class _Compiler:
         if boundaries:
             for b in boundaries:
                 at = users[0] if node.op == "placeholder" else node
-                target = self.draft.leaf_before[b.fqn] if b.fqn in self.anchors.leaves else self.draft.hooks[b]
-                target.setdefault(self._call_index(b.fqn, at), []).extend(steps)
+                if b.fqn in self.anchors.leaves and b.side == "in":
+                    self._enter_leaf(b.fqn, node, at, steps)
+                else:
+                    self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
         self._wrap(node, None, steps)
 
@@ -252,6 +291,8 @@ class _Compiler:
         if boundaries:
             leaf = boundaries[0].fqn if boundaries[0].fqn in self.anchors.leaves else None
             targets = [self.draft.leaf_before[leaf]] if leaf is not None else [self.draft.hooks[b] for b in boundaries]
+            if leaf is not None:
+                self.draft.leaf_ports[leaf] |= {b.path for b in boundaries}
             for target in targets:  # a leaf takes its steps once, however many of its arguments the value is
                 target.setdefault(self._call_index(boundaries[0].fqn, users[0]), []).extend(steps)
             return
@@ -261,11 +302,19 @@ class _Compiler:
         for edge in edges:
             leaf = self.anchors.leaf_of(edge.consumer)
             if leaf is not None:
-                self.draft.leaf_before[leaf].setdefault(self._call_index(leaf, edge.consumer), []).extend(steps)
+                self._enter_leaf(leaf, node, edge.consumer, steps)
                 if share is not None:
                     self.draft.share[leaf] = share
             else:
                 self._wrap(edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, steps, share)
+
+    def _enter_leaf(self, leaf: str, node: fx.Node, user: fx.Node, steps: list[Step]) -> None:
+        """Steps on a value that a leaf module gets, taken inside it: once, however many of its arguments the value is."""
+        ports = {path for call, path in self.anchors.inputs[node] if call.fqn == leaf}
+        target = self.draft.leaf_before[leaf].setdefault(self._call_index(leaf, user), [])
+        if not ports <= self.draft.leaf_ports[leaf] or not target:
+            target.extend(steps)
+        self.draft.leaf_ports[leaf] |= ports
 
     def _place_bias(self, edge: Edge) -> None:
         """A bias counts once: inside a leaf module its class sees to that, elsewhere the operand is masked."""
@@ -323,7 +372,8 @@ class _Compiler:
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
-            leaves.append(Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn)))
+            ports = frozenset(self.draft.leaf_ports[fqn])
+            leaves.append(Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports))
         hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn) for b, by_call in self.draft.hooks.items()}
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
@@ -331,7 +381,7 @@ class _Compiler:
             for module, frames, operand in [key]
         )
         leaves += [Leaf(fqn, "embedding") for fqn in sorted(self.anchors.inner) if f"{fqn}.weight" in slices]
-        return Program(slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync)
+        return Program(slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync, self._draws())
 
 
 def _parameter_names(anchors: Anchors, fqn: str) -> list[str]:

@@ -23,14 +23,14 @@ import torch
 from torch import fx
 
 from ..axes.analysis import Analysis
-from ..axes.term import atoms_of
+from ..axes.term import Dim, atoms_of, size_of
 from ..errors import VerifyError
 from ..plan.planner import Choice
 from ..plan.reductions import Edge
 from ..trace.graph import ModuleCall, Trace
 from .anchors import Anchors
 from .bind import Rank, describe
-from .program import Program, planned_steps
+from .program import Leaf, Program, planned_steps
 from .steps import Step
 from .wanted import local_args
 
@@ -261,12 +261,17 @@ class _Comparison:
 
     def _lookup_differs(self, node: fx.Node, twin: fx.Node, contracted: bool) -> str | None:
         """A lookup in some rows of the vocabulary has to know which rows they are."""
-        if not (contracted and _is_lookup(node)):
-            return "looks rows up by ids of the whole vocabulary" if contracted else "looks only some rows up"
         weight = twin.args[0]
         assert isinstance(weight, fx.Node)
-        starts, lengths = self.rank.take(self.analysis.dims[weight][0][0])
-        want = (tuple(starts), tuple(lengths), weight.meta["val"].shape[0])
+        return self._rows_differ(node, self.analysis.dims[weight][0][0], contracted)
+
+    def _rows_differ(self, node: fx.Node, vocabulary: Dim, contracted: bool) -> str | None:
+        if not contracted:
+            return "looks only some rows up" if _is_lookup(node) else None
+        if not _is_lookup(node):
+            return "looks rows up by ids of the whole vocabulary"
+        starts, lengths = self.rank.take(vocabulary)
+        want = (tuple(starts), tuple(lengths), size_of(vocabulary))
         have = (tuple(node.args[2]), tuple(node.args[3]), node.args[4])  # type: ignore[arg-type]
         return None if want == have else f"looks up rows {have}, planned was {want}"
 
@@ -292,7 +297,7 @@ class _Comparison:
     ) -> _Value:
         leaf = self.v.leaves[call.fqn]
         theirs = {port.path: port.node for port in twin.inputs}
-        before = tuple(describe(step, self.rank) for step in leaf.before)
+        before = tuple(dict.fromkeys(describe(step, self.rank) for step in leaf.before))
         for port in call.inputs:
             reference = theirs.get(port.path)
             if reference is None or port.node not in values:
@@ -300,27 +305,52 @@ class _Comparison:
             value = values[port.node]
             if (value.root, value.output) != self.roots[reference]:
                 raise self._error(node, f"{call.fqn} gets another value as {port.path}")
-            planned = self.planned.into_leaf(reference, twin, before)
+            planned = self.planned.into_leaf(reference, twin, before if port.path in leaf.ports else ())
             if planned is not None and value.steps not in planned:
                 raise self._error(
                     node, f"{call.fqn} gets {reference.name} after {_show(value.steps)}, planned was {_show(planned[0])}"
                 )
-        expected = {describe(s, self.rank)[0] for s in (*leaf.before, *leaf.after)}
-        if leaf.bias == "masked":
-            expected.add("mask")
-        found = {s[0] for n in nodes[call.first : call.last] if (s := _step_of(n)) is not None}
-        if not self.v.gradients:
-            found.discard("enter")
-        if leaf.kind != "attention" and found - {"mask"} != expected - {"mask"}:
-            shared = leaf.share is not None and expected - found <= {"enter"}
-            if not shared:
-                raise self._error(node, f"{call.fqn} does {sorted(map(str, found))}, planned was {sorted(map(str, expected))}")
+        self._check_inside(leaf, node, nodes[call.first : call.last])
         path = next(port.path for port in call.outputs if port.node is node)
         reference = next((port.node for port in twin.outputs if port.path == path), None)
         if reference is None:
             raise self._error(node, f"{call.fqn} returns another structure")
         root, output = self.roots[reference]
         return _Value(root, output, self.planned.of(reference))
+
+    def _check_inside(self, leaf: Leaf, node: fx.Node, inside: Sequence[fx.Node]) -> None:
+        """A swapped leaf is opaque but for this: its steps, its lookup's rows, and which weight it multiplies by."""
+        found = [_dimless(s) for n in inside if (s := _step_of(n)) is not None]
+        if not self.v.gradients:
+            found = [s for s in found if s[0] != "enter"]
+        expected = [_dimless(describe(s, self.rank)) for s in (*leaf.before, *leaf.after)]
+        if leaf.kind == "attention":  # what it returns of its weights takes a step more
+            reduces = sum(s[0] == "all_reduce" for s in expected)
+            ok = [s for s in found if s[0] == "enter"] == [s for s in expected if s[0] == "enter"]
+            ok = ok and sum(s[0] == "all_reduce" for s in found) >= reduces
+            ok = ok and (("mask", self.rank.rank == 0) in found) == (leaf.bias == "masked")
+        else:
+            if leaf.bias == "masked":
+                expected.append(("mask", self.rank.rank == 0))
+            missing = list(expected)
+            ok = all(missing.count(s) and not missing.remove(s) for s in found)
+            ok = ok and all(s[0] == "enter" and leaf.share is not None for s in missing)
+        if not ok:
+            raise self._error(node, f"{leaf.fqn} does {_show(tuple(found))}, planned was {_show(tuple(expected))}")
+        own_weight = f"{leaf.fqn}.weight".lstrip(".")
+        for n in inside:
+            name = n.target._schema.name.split("::")[-1] if isinstance(n.target, torch._ops.OpOverload) else ""
+            if name in ("linear", "embedding", "lookup") and leaf.kind in ("linear", "embedding"):
+                weight = n.args[0] if name in ("embedding", "lookup") else n.args[1]
+                fqn = self.reference.aliases.get(own_weight, own_weight)
+                if self.local.params.get(fqn) is not weight:
+                    raise self._error(node, f"{leaf.fqn} multiplies by another weight than its own")
+            if leaf.kind == "embedding" and name in ("embedding", "lookup"):
+                dims = self.analysis.param_dims(own_weight)
+                contracted = any(a.id in self.rank.partition.ranges for a in atoms_of(dims[0]))
+                reason = self._rows_differ(n, dims[0], contracted)
+                if reason is not None:
+                    raise self._error(node, f"{leaf.fqn} {reason}")
 
     def _check_param(self, fqn: str, node: fx.Node) -> None:
         reference = self.reference.params.get(self.reference.aliases.get(fqn, fqn))
@@ -398,7 +428,10 @@ class _PlannedSteps:
                 if before and full[len(full) - len(before) :] == before:
                     full = full[: len(full) - len(before)]
                 options.append(full)
-        return options or [self.of(node)]
+        full = self.of(node)
+        if before and full[len(full) - len(before) :] == before:  # all of its uses are in this leaf
+            full = full[: len(full) - len(before)]
+        return options or [full]
 
     def _inside(self, node: fx.Node, call: ModuleCall) -> bool:
         return call.first <= self.v.anchors.position[node] < call.last
@@ -455,6 +488,11 @@ def _step_of(node: fx.Node) -> Described | None:
     name = node.target._schema.name.split("::")[-1]
     rest = tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[1:])
     return (name, *rest)
+
+
+def _dimless(step: Described) -> Described:
+    """A step without its dim, which leaf modules count from the end."""
+    return (step[0], *step[2:]) if step[0] in ("gather", "take") else step
 
 
 def _is_lookup(node: fx.Node) -> bool:

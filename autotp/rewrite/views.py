@@ -150,7 +150,8 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
                 wraps[wrap.module, wrap.frames, wrap.operand] = Wrap(wrap.module, wrap.frames, wrap.operand, steps)
             elif not same(known.steps, wrap.steps):
                 raise _conflict(view, wrap.module)
-        program = replace(program, hooks=hooks, wraps=tuple(wraps.values()))
+        draws = tuple(dict.fromkeys((*program.draws, *view.program.draws)))
+        program = replace(program, hooks=hooks, wraps=tuple(wraps.values()), draws=draws)
     return program
 
 

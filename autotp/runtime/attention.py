@@ -26,8 +26,9 @@ _PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weigh
 class AttentionOptions:
     """``heads``: how many heads each rank of ``group`` has, in order; ``rank``: this one's place among them.
 
-    ``enter``: how query, key and value come in (None: they are entered elsewhere). ``reduce``: whether the
-    output is summed here; if not it is Partial, and out_proj's bias is added on the rank with ``keep`` only.
+    ``enter``: how those of query, key and value that are in ``enters`` come in (the others are entered elsewhere).
+    ``reduce``: whether the output is summed here; if not it is Partial, and out_proj's bias is added on the rank with
+    ``keep`` only.
     """
 
     group: str
@@ -36,6 +37,7 @@ class AttentionOptions:
     enter: Enter | None
     reduce: bool = True
     keep: bool = True
+    enters: frozenset[str] = frozenset({"query", "key", "value"})
 
     @property
     def first(self) -> int:
@@ -167,13 +169,18 @@ class ShardedMultiheadAttention(Sharded, nn.MultiheadAttention):
 
     def _enter(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One enter for each distinct tensor, and what was the same stays the same."""
-        how = self._tp.enter
+        how, names = self._tp.enter, self._tp.enters
         if how is None:
             return query, key, value
-        q = apply_enter(query, how)
-        k = q if key is query else apply_enter(key, how)
-        v = q if value is query else k if value is key else apply_enter(value, how)
-        return q, k, v
+        done: dict[int, Tensor] = {}
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if name in names and id(x) not in done:
+                done[id(x)] = apply_enter(x, how)
+        return (
+            done[id(query)] if "query" in names else query,
+            done[id(key)] if "key" in names else key,
+            done[id(value)] if "value" in names else value,
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self._tp.local * self.head_dim
