@@ -61,7 +61,10 @@ def apply(
     shared = _SharedEnters(program, rank)
     slice_parameters(model, program.slices, rank, place)
     for leaf in program.leaves:
-        _swap(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
+        try:
+            _swap(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
+        except RewriteError as error:
+            raise RewriteError(str(error), leaf.fqn) from error
     _add_hooks(model, program, rank)
     for (fqn, path), value in constants.attrs.items():
         set_attribute(model.get_submodule(fqn), path, value)
@@ -183,7 +186,9 @@ def _swap(module: nn.Module, leaf: Leaf, program: Program, rank: Rank, shared: _
     if any(not isinstance(s, known) for s in leaf.before) or any(
         not isinstance(s, (AllReduce, Gather)) for s in leaf.after
     ):
-        raise RewriteError(f"{leaf.fqn}: cannot do {leaf.before} before and {leaf.after} after a {leaf.kind} module")
+        raise RewriteError(
+            f"{leaf.fqn}: cannot do {leaf.before} before and {leaf.after} after a {leaf.kind} module", leaf.fqn
+        )
     own = {fqn[len(leaf.fqn) + 1 :]: dims for fqn, dims in program.slices.items() if owner_of(fqn, leaf.fqn)}
     keep = rank.rank == 0
     if leaf.kind in ("linear", "conv1d"):
@@ -237,10 +242,10 @@ def _swap_attention(
     name, parts = ("in_proj_weight", 3) if module._parameters["in_proj_weight"] is not None else ("q_proj_weight", 1)
     dims = own.get(name)
     if dims is None or "out_proj.weight" not in own:
-        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by its heads only")
+        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by its heads only", leaf.fqn)
     rows = [local_size(dims[0], rank.partition, r) for r in range(rank.tp)]
     if any(n % (parts * module.head_dim) for n in rows):
-        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by whole heads only")
+        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by whole heads only", leaf.fqn)
     heads = tuple(n // (parts * module.head_dim) for n in rows)
     named = {("args", i): name for i, name in enumerate(("query", "key", "value"))}
     enters = frozenset(named[path] if path in named else str(path[1]) for path in leaf.ports)

@@ -262,6 +262,8 @@ class _Compiler:
 
     def _place_after(self, node: fx.Node, steps: list[Step]) -> None:
         leaf = self.anchors.leaves_by(node)
+        if self._within_attention(node):
+            steps = [step for step in steps if not isinstance(step, Gather)]
         if leaf is not None:
             self.draft.leaf_after[leaf].setdefault(self._call_index(leaf, node), []).extend(steps)
             return
@@ -281,8 +283,17 @@ class _Compiler:
             return
         self._wrap(node, None, steps)
 
+    def _within_attention(self, node: fx.Node) -> bool:
+        """Whether a value is made inside `nn.MultiheadAttention`, whose class does for itself what its weights need."""
+        leaf = self.anchors.leaf_of(node)
+        return leaf is not None and self.anchors.leaves[leaf] == "attention"
+
     def _place_before(self, node: fx.Node, edges: list[Edge], steps: Iterable[Step]) -> None:
         steps = list(steps)
+        if self._within_attention(node):
+            edges = [e for e in edges if self.anchors.leaf_of(e.consumer) != self.anchors.leaf_of(node)]
+            if not edges:
+                return
         users = [edge.consumer for edge in edges]
         others = [e.consumer for e in self.uses[node] if e not in edges and _has_gradient(e.consumer)]
         if not all(isinstance(step, Enter) for step in steps):
@@ -325,6 +336,8 @@ class _Compiler:
             self._wrap(edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, [Mask()])
 
     def _place_output(self, node: fx.Node, steps: list[Step]) -> None:
+        if self._within_attention(node):
+            return
         for port in self.trace.outputs:
             if port.node is node:
                 self.draft.hooks[Boundary("", "out", port.path)].setdefault(0, []).extend(steps)
