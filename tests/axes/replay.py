@@ -26,10 +26,11 @@ from autotp.axes.analysis import Analysis, Operand, OpInfo, aliased_args
 from autotp.axes.term import Atom, Cat, Dim, size_of
 
 Ranges: TypeAlias = Mapping[int, Sequence[tuple[int, int]]]  # atom id → (start, stop) of each rank
-EVEN_SPLITS = (
-    torch.ops.aten.chunk.default,
-    torch.ops.aten.split.Tensor,
-)  # by sizes, where they differ on a rank
+UNEVEN = {  # where local pieces differ, a rank calls the op that takes a list in place of a count
+    torch.ops.aten.chunk.default: torch.ops.aten.split_with_sizes.default,
+    torch.ops.aten.split.Tensor: torch.ops.aten.split_with_sizes.default,
+    torch.ops.aten.tensor_split.sections: torch.ops.aten.tensor_split.indices,
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -142,12 +143,10 @@ def call_on_rank(
         if found is None:
             return args[0].new_zeros(*local.shape, args[0].shape[1])
         return found * (local >= 0)[..., None]
-    if len(args) > 1 and isinstance(args[1], (list, tuple)) and target in EVEN_SPLITS:
-        return torch.ops.aten.split_with_sizes.default(args[0], list(args[1]), *args[2:], **kwargs)
-    if (
-        target is torch.ops.aten.view.default
-    ):  # the source's `contiguous()` did nothing in the trace, but may on a rank
-        return torch.ops.aten.reshape.default(*args, **kwargs)
+    if target in UNEVEN and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        target, args = UNEVEN[target], [args[0], list(args[1]), *args[2:]]
+    # the source's `contiguous()` did nothing in the trace, but may on a rank
+    target = torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
     if target is operator.getitem:  # the operand is already the output that it reads
         return args[0]
     return _filled(target, target(*args, **kwargs))

@@ -24,6 +24,11 @@ def sorted_of(x: torch.Tensor) -> torch.Tensor:
     return x.sort(-1).values
 
 
+def half(*shape: int) -> torch.Tensor:
+    """Random numbers of bfloat16."""
+    return real(*shape).to(torch.bfloat16)
+
+
 def pos(*shape: int) -> torch.Tensor:
     """Positive numbers."""
     return real(*shape).abs() + 0.1
@@ -136,6 +141,15 @@ CONTRACTIONS = [
         real(2, 5, 5).tril() + 3 * torch.eye(5),
         real(2, 5, 7),
         upper=False,
+    ),
+    s("_addmm_activation", "a, b*, *a -> ba", real(7), real(3, 5), real(5, 7), use_gelu=True),
+    s(
+        "_grouped_mm",
+        "*a, *ab, * -> *b",
+        half(8, 48),
+        half(2, 48, 48),
+        torch.tensor([3, 8], dtype=torch.int32),
+        rtol=1e-1,
     ),
     s("cdist", "ab*, ac* -> abc", real(2, 3, 5), real(2, 7, 5)),
 ]
@@ -379,6 +393,7 @@ LOOKUPS = [
         0,
         unclaimed=True,
     ),
+    s("margin_ranking_loss", "*, *, * -> ", real(5), real(5, seed=1), real(5, seed=2), 0.1),
     s("kl_div", "ab, ab -> ", real(3, 5), pos(3, 5), 2, unclaimed=True),
 ]
 
