@@ -1,6 +1,6 @@
 """autotp: automatic tensor parallelism for any PyTorch model.
 
-    model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
+model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
 """
 
 from autotp.api import full_state_dict, parallelize, plan

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import AutoTPError, PlanError, RankMismatchError
-from .plan.overrides import Overrides
+from .errors import AutoTPError, PlanError
 from .plan.plan import Plan
 from .prepare import Prepared, prepare
 from .rewrite.apply import apply
@@ -39,8 +35,8 @@ def plan(
     Needs no process group, no weights (the model may be on the meta device) and no GPU, and leaves the model alone.
 
     Args:
-        example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward. Found by themselves for
-            transformers models, and guessed for others where the guess is safe.
+        example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward. Found by
+            themselves for transformers models, and guessed for others where the guess is safe.
         plan: overrides, or a whole plan to check against this model: a `Plan`, a YAML file, or a mapping.
         strict: raise instead of replicating what cannot be sharded.
         verify: prove the rewriting too (on weightless copies).
@@ -62,7 +58,8 @@ def parallelize(
 ) -> nn.Module:
     """Shard ``model`` in place over a one-dimensional device mesh, and return it: the same object, the same function.
 
-    Call it on every rank, under ``torchrun`` or with an initialised process group. With one rank the model is returned as it is.
+    Call it on every rank, under ``torchrun`` or with an initialised process group. With one rank the model is
+    returned as it is.
 
     Args:
         mesh: the ranks that share the model (default: all of them).
@@ -76,10 +73,13 @@ def parallelize(
     tp = mesh.size()
     if mesh.ndim != 1:
         raise PlanError(
-            f"parallelize takes one dim of a device mesh, this one has {mesh.ndim} ({mesh.mesh_dim_names}): pass mesh['tp'], say."
+            f"parallelize takes one dim of a device mesh, this one has {mesh.ndim} ({mesh.mesh_dim_names}): "
+            "pass mesh['tp'], say."
         )
     if sharding_of(model) is not None:
-        raise AutoTPError("this model is sharded already: parallelize a model once, before anything else shards it.")
+        raise AutoTPError(
+            "this model is sharded already: parallelize a model once, before anything else shards it."
+        )
     if tp == 1:
         return model if device is None else model.to(device)
     prepared: Prepared | None = None
@@ -115,5 +115,3 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     if sharding is None:
         return dict(model.state_dict())
     return gather_state_dict(model, sharding)
-
-

@@ -15,7 +15,7 @@ class TraceError(AutoTPError):
 
 
 class PlanError(AutoTPError):
-    """No plan exists for what was asked: a bad tensor-parallel degree, an override that cannot hold, a wrong plan file."""
+    """No plan exists for what was asked: a bad degree, an override that cannot hold, a wrong plan file."""
 
 
 class RewriteError(AutoTPError):

@@ -22,9 +22,8 @@ from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
-from .trace.fold import Folds
-from .trace.graph import Trace
 from .trace.capture import trace
+from .trace.graph import Trace
 from .trace.scenario import Scenario, scenarios, trace_model
 from .trace.skeleton import skeleton
 
@@ -131,7 +130,8 @@ def _rewrite(
 
     main = first_view(analyses[0], choice, anchors, retrace(analyses[0].trace.scenario))
     others = [
-        another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode") for a in analyses[1:]
+        another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode")
+        for a in analyses[1:]
     ]
     return rewrite_and_verify(lambda: skeleton(base), main, others, tp, verify=verify)
 
@@ -171,4 +171,3 @@ def _fingerprint(model: nn.Module, analysis: Analysis, choice: Choice, tp: int) 
     comm = choice.communication
     lines += sorted(f"reduce {n.name}" for n in comm.reduce) + sorted(f"enter {n.name}" for n in comm.enter)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-

@@ -199,7 +199,11 @@ def conflicts(
     result: dict[Candidate, frozenset[Candidate]] = {}
     for candidate in found:
         others = {
-            other for a in candidate.atoms for b in (*near[a], a) for other in holders[b] if other is not candidate
+            other
+            for a in candidate.atoms
+            for b in (*near[a], a)
+            for other in holders[b]
+            if other is not candidate
         }
         result[candidate] = frozenset(others)
     return frozenset(own), result

@@ -26,7 +26,7 @@ Cache = dict[frozenset[Hashable], tuple[int, frozenset[Hashable]] | None]
 class VertexCut(Generic[V]):
     """Build with :meth:`vertex`, :meth:`flow`, :meth:`start`, :meth:`end`; then :meth:`solve`.
 
-    Parts that do not touch are solved each by itself; one ``cache`` lets many cuts share the parts that they have alike.
+    Parts that do not touch are solved each by itself; one ``cache`` lets many cuts share the parts that are alike.
     """
 
     def __init__(self, cache: Cache | None = None) -> None:

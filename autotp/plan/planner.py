@@ -14,9 +14,9 @@ All maximal sets are enumerated (maximal cliques of the complement graph, Bron a
 communication of each is an exact minimum cut. Sets whose axes turn out not to be shardable together
 (`PlanError` of the cut) drop out.
 
-Where more than `MOST_SETS` sets are within the tolerance, they are thinned first: without the axes that conflict with most
-others (the hidden dim, in or out), the conflicts fall apart into parts (an attention, an MLP), and in each part a set has to
-shard nearly the most bytes that any set shards there. A plan says so (``proven`` is False).
+Where more than `MOST_SETS` sets are within the tolerance, they are thinned first: without the axes that conflict
+with most others (the hidden dim, in or out), the conflicts fall apart into parts (an attention, an MLP), and in
+each part a set has to shard nearly the most bytes that any set shards there. A plan says so (``proven`` is False).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
 
 #: Share of the sharded weight bytes that may be given up for less communication.
 TOLERANCE = 0.1
-#: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model go first.
+#: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model
+#: go first.
 MOST_SETS = 64
 #: The tolerance within one such part.
 PART_TOLERANCE = 0.01
@@ -115,7 +116,9 @@ def choose(
         if i >= 8 * MOST_SETS:
             cut_off = True
             break
-        if size < (1 - tolerance) * most or (best is not None and flow.least(chosen) > best.communication.cost_bytes):
+        if size < (1 - tolerance) * most or (
+            best is not None and flow.least(chosen) > best.communication.cost_bytes
+        ):
             continue
         feasible = _communicate(flow, chosen, failures)
         if feasible is None:
@@ -242,7 +245,9 @@ def _maximal_sets(
 def _weights(analysis: Analysis) -> list[tuple[tuple[Dim, ...], int]]:
     params = analysis.trace.params
     return [
-        (analysis.dims[node][0], nbytes(node)) for fqn, node in params.items() if fqn not in analysis.trace.is_buffer
+        (analysis.dims[node][0], nbytes(node))
+        for fqn, node in params.items()
+        if fqn not in analysis.trace.is_buffer
     ]
 
 

@@ -11,9 +11,9 @@ they meet a whole gradient, a parameter, or an op that needs the gradient whole.
 forward, all-reduce backward; Megatron-LM's *f*, Shoeybi et al. 2019) at a value serves all of its sharded
 uses. Again a minimum vertex cut, on the gradients.
 
-Each cut is exact. They meet where a Partial passes through a product: the gradient of the other factor is then Partial too.
-So the forward is cut four times (with such products or without, with whole addends masked or not), the backward after each,
-and the cheapest pair is taken.
+Each cut is exact. They meet where a Partial passes through a product: the gradient of the other factor is then
+Partial too. So the forward is cut four times (with such products or without, with whole addends masked or not), the
+backward after each, and the cheapest pair is taken.
 
 **Conversions** are fixed by the axes: where producer and use of a value disagree it is gathered or sliced.
 
@@ -24,8 +24,9 @@ an all-gather n (Patarasuk and Yuan 2009), each `START_BYTES` more for its laten
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
@@ -37,9 +38,11 @@ from .cut import Cache, VertexCut
 
 #: Costs are counted in 1/FINE bytes, so that among equals a hook goes before a patch of the user's source.
 FINE = 64
-#: The traced batch stands for so many times as many tokens: a sum once a step weighs that much less than activations do.
+#: The traced batch stands for so many times as many tokens: a sum once a step weighs that much less than
+#: activations do.
 TOKENS = 128
-#: What it costs to start a collective, as bytes at the traced batch: about 10 µs at 100 GB/s, 14 tokens standing for 2,048.
+#: What it costs to start a collective, as bytes at the traced batch: about 10 µs at 100 GB/s, 14 tokens standing
+#: for 2,048.
 START_BYTES = 8192
 
 
@@ -133,7 +136,8 @@ class Flow:
         self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
         self._held: dict[fx.Node, frozenset[Atom]] = {}
         self._dims_atoms = {
-            node: frozenset(a for dims in outs for a in atoms_of(dims)) for node, outs in analysis.dims.items()
+            node: frozenset(a for dims in outs for a in atoms_of(dims))
+            for node, outs in analysis.dims.items()
         }
 
     def _differentiable(self) -> frozenset[fx.Node]:
@@ -189,12 +193,16 @@ class Flow:
                 enter: dict[fx.Node, tuple[Edge, ...]] = {}
                 sync: frozenset[fx.Node] = frozenset()
                 if gradients:
-                    enter, sync, back = self._backward(sharded, pairs, partial - reduce, masked, conversions, close)
+                    enter, sync, back = self._backward(
+                        sharded, pairs, partial - reduce, masked, conversions, close
+                    )
                     price += back
             except PlanError as error:
                 failure = error
                 continue
-            if best is None or price + FINE <= best.cost_bytes:  # the plainer way, unless another one saves bytes
+            if (
+                best is None or price + FINE <= best.cost_bytes
+            ):  # the plainer way, unless another one saves bytes
                 best = Communication(reduce, masked, partial, enter, close, sync, conversions, price)
         if best is None:
             raise failure
@@ -223,14 +231,23 @@ class Flow:
                 yield from self._convert(node, None, 0, d, have, (), sharded)
 
     def _convert(
-        self, producer: fx.Node, consumer: fx.Node | None, i: int, d: int, have: Dim, want: Dim, sharded: frozenset[Atom]
+        self,
+        producer: fx.Node,
+        consumer: fx.Node | None,
+        i: int,
+        d: int,
+        have: Dim,
+        want: Dim,
+        sharded: frozenset[Atom],
     ) -> Iterator[Conversion]:
         has = sharded & frozenset(atoms_of([have]))
         wants = sharded & frozenset(atoms_of([want]))
         if has and wants and have == want:
             return
         if has:
-            yield Conversion("gather", producer, consumer, i, d, have, FINE * (nbytes(producer) + START_BYTES))
+            yield Conversion(
+                "gather", producer, consumer, i, d, have, FINE * (nbytes(producer) + START_BYTES)
+            )
         if wants:
             yield Conversion("take", producer, consumer, i, d, want, 0)
 
@@ -243,7 +260,9 @@ class Flow:
                 if any(outer in held and inner not in held for outer, inner in pairs.items()):
                     raise PlanError(f"{node}: sums over an axis that ranks hold in common")
                 if not self.places.contract(node):
-                    raise PlanError(f"{node}: its rows cannot be looked up by part outside of an embedding module")
+                    raise PlanError(
+                        f"{node}: its rows cannot be looked up by part outside of an embedding module"
+                    )
                 if not _covers(dim, sharded):
                     raise PlanError(f"{node}: sums over an axis that is sharded only in part")
 
@@ -273,6 +292,7 @@ class Flow:
         if not sources:
             return frozenset(), frozenset(), frozenset(), 0
         converted = {(c.producer, c.consumer) for c in conversions}
+
         def accepts(edge: Edge) -> bool:
             info = ops[edge.consumer]
             if info.mutates is not None or (edge.producer, edge.consumer) in converted:
@@ -344,7 +364,9 @@ class Flow:
         gathered = {(c.producer, c.consumer) for c in conversions if c.kind == "gather"}
         held = {node: self.held_by(node, sharded) for node in dims}
         disjoint = {
-            node for node, outs in dims.items() if held[node] and all(is_disjoint(d, sharded, pairs) for d in outs)
+            node
+            for node, outs in dims.items()
+            if held[node] and all(is_disjoint(d, sharded, pairs) for d in outs)
         }
         # Partly common (a fused (H|1|1)·D, or kv heads that a subgroup shares): its gradient must stay as
         # partial as it comes, or the sum at the input of the op that made it would count the common part twice.
@@ -365,7 +387,9 @@ class Flow:
             info = ops[edge.consumer]
             return edge.producer in mixed and edge.consumer in disjoint and len(info.operands) == 1
 
-        live = [e for e in self.edges if e.producer in self.differentiable and e.consumer in self.differentiable]
+        live = [
+            e for e in self.edges if e.producer in self.differentiable and e.consumer in self.differentiable
+        ]
         sources = {e for e in live if sharded_use(e)}
         if not sources:
             return {}, frozenset(), 0
@@ -376,14 +400,18 @@ class Flow:
                 return False
             inputs = [o.node for o in ops[node].operands if o.node in self.differentiable]
             casts = any(_dtype(i) != _dtype(node) for i in inputs)
-            picks = len(inputs) == 1 and inputs[0] in mixed  # takes the common part out of a partly common value
+            picks = (
+                len(inputs) == 1 and inputs[0] in mixed
+            )  # takes the common part out of a partly common value
             return casts or (bool(self.held_by_op(node, sharded)) and not picks) or node in flowing
 
         reached = {e.producer for e in sources} | mixed
         for node in reversed(list(ops)):  # values that a partial gradient can reach, walking backwards
             if node in reached and not needs_whole(node):
                 reached |= {
-                    o.node for o in ops[node].operands if o.node in self.differentiable and o.node not in disjoint
+                    o.node
+                    for o in ops[node].operands
+                    if o.node in self.differentiable and o.node not in disjoint
                 }
         cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         for node in sorted(reached, key=self.order.__getitem__):
@@ -409,7 +437,10 @@ class Flow:
                     stop = True
             if stop:
                 cut.end(node)
-        for _, consumer in gathered:  # backwards, each rank keeps its slice of what has to be a whole gradient
+        for (
+            _,
+            consumer,
+        ) in gathered:  # backwards, each rank keeps its slice of what has to be a whole gradient
             if consumer in reached:
                 cut.end(consumer)
         cost, entered, uncut = cut.solve()
@@ -426,7 +457,6 @@ class Flow:
                 sync.add(node)
         return enter, frozenset(sync), cost
 
-
     def _sync_cost(self, param: fx.Node, sharded: frozenset[Atom]) -> int:
         """Of a gradient only the part that ranks hold in common is summed, once a step."""
         common = 1 - sharded_share(self.analysis.dims[param][0], sharded)
@@ -442,7 +472,8 @@ def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Ato
     if any(_covers(dim, single) for dim in dims):
         return True
     return any(
-        any(_covers(dim, single | {outer}) for dim in dims) and any(_covers(dim, single | {inner}) for dim in dims)
+        any(_covers(dim, single | {outer}) for dim in dims)
+        and any(_covers(dim, single | {inner}) for dim in dims)
         for outer, inner in pairs.items()
     )
 
@@ -479,13 +510,13 @@ def all_reduce_cost(node: fx.Node) -> int:
 
 
 def _dtype(node: fx.Node) -> object:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
+    value: Any = node.meta.get("val")
+    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
     return next((v.dtype for v in values if hasattr(v, "dtype")), None)
 
 
 def nbytes(node: fx.Node) -> int:
     """Bytes of the (unsharded) value that ``node`` makes."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
+    value: Any = node.meta.get("val")
+    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
     return sum(v.numel() * v.element_size() for v in values if hasattr(v, "numel"))

@@ -32,7 +32,7 @@ class Boundary:
 
 
 def leaf_kind(module: nn.Module) -> LeafKind | None:
-    """Which sharded class stands in for this module, by what its forward *is* (subclasses that redefine it do not count)."""
+    """Which sharded class stands in for this module, by what its forward *is* (a subclass that redefines it: none)."""
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return "linear"
@@ -109,7 +109,9 @@ class Anchors:
         """The arguments of the model through which it gets an input."""
         return [Boundary("", "in", path) for call, path in self.inputs[node] if call.fqn == ""]
 
-    def boundaries_before(self, node: fx.Node, users: Iterable[fx.Node], others: Iterable[fx.Node]) -> list[Boundary]:
+    def boundaries_before(
+        self, node: fx.Node, users: Iterable[fx.Node], others: Iterable[fx.Node]
+    ) -> list[Boundary]:
         """The arguments of one module through which all ``users`` and none of ``others`` get the value; else []."""
         users, others = list(users), list(others)
 

@@ -1,4 +1,4 @@
-"""Carry out a program on a model, for one rank: the only place that changes a model. On trial it is given a skeleton."""
+"""Carry out a program on a model, for one rank: the only place that changes a model. A trial gives it a skeleton."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..axes.layout import indices_of, local_size, runs
 from ..axes.term import Atom, Dim, size_of
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
@@ -29,7 +30,6 @@ from ..runtime.rng import DrawGate
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
 from .bind import Bound, Rank, bind
-from ..axes.layout import indices_of, local_size, runs
 from .patch import Applied, Patch, WrapArg, apply_patches
 from .patch import Wrap as WrapEdit
 from .program import Leaf, Program, Wrap
@@ -157,7 +157,7 @@ class _SharedEnters:
 
     def __init__(self, program: Program, rank: Rank) -> None:
         self.consumers: dict[int, int] = defaultdict(int)
-        for taker in (*program.leaves, *program.wraps):
+        for taker in program.takers:
             if taker.share is not None:
                 self.consumers[taker.share] += 1
         self.rank = rank
@@ -187,7 +187,8 @@ def _swap(module: nn.Module, leaf: Leaf, program: Program, rank: Rank, shared: _
         not isinstance(s, (AllReduce, Gather)) for s in leaf.after
     ):
         raise RewriteError(
-            f"{leaf.fqn}: cannot do {leaf.before} before and {leaf.after} after a {leaf.kind} module", leaf.fqn
+            f"{leaf.fqn}: cannot do {leaf.before} before and {leaf.after} after a {leaf.kind} module",
+            leaf.fqn,
         )
     own = {fqn[len(leaf.fqn) + 1 :]: dims for fqn, dims in program.slices.items() if owner_of(fqn, leaf.fqn)}
     keep = rank.rank == 0
@@ -218,7 +219,12 @@ def owner_of(fqn: str, module: str) -> bool:
 
 
 def _swap_embedding(
-    module: nn.Module, leaf: Leaf, own: Mapping[str, Sequence[Dim]], reduce: str | None, gather: Gather | None, rank: Rank
+    module: nn.Module,
+    leaf: Leaf,
+    own: Mapping[str, Sequence[Dim]],
+    reduce: str | None,
+    gather: Gather | None,
+    rank: Rank,
 ) -> None:
     assert isinstance(module, nn.Embedding)
     dims = own.get("weight")
@@ -226,7 +232,9 @@ def _swap_embedding(
     if dims is not None and sharded_atoms(dims[:1], rank):
         rows = tuple(runs(dims[0], rank.partition, rank.rank))
     vocab = size_of(dims[0]) if dims is not None else module.num_embeddings
-    options = EmbeddingOptions(rows, vocab, reduce, _edge_gather(gather, rank) if gather is not None else None)
+    options = EmbeddingOptions(
+        rows, vocab, reduce, _edge_gather(gather, rank) if gather is not None else None
+    )
     ShardedEmbedding.swap(module, options)
 
 
@@ -239,7 +247,9 @@ def _swap_attention(
     rank: Rank,
 ) -> None:
     assert isinstance(module, nn.MultiheadAttention)
-    name, parts = ("in_proj_weight", 3) if module._parameters["in_proj_weight"] is not None else ("q_proj_weight", 1)
+    name, parts = (
+        ("in_proj_weight", 3) if module._parameters["in_proj_weight"] is not None else ("q_proj_weight", 1)
+    )
     dims = own.get(name)
     if dims is None or "out_proj.weight" not in own:
         raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by its heads only", leaf.fqn)

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..axes.layout import Partition, local_size, runs
 from ..axes.term import Atom, Dim, atoms_of, size_of
 from ..runtime import ops
-from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+from .steps import AllReduce, Enter, Mask, Step, Take
 
 Bound = Callable[[Tensor], Tensor]
 
@@ -124,7 +125,7 @@ class Unflattened:
     inner: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.fn(x.unflatten(self.dim, (-1, self.inner))).flatten(self.dim, self.dim + 1)
+        return self.fn(torch.unflatten(x, self.dim, (-1, self.inner))).flatten(self.dim, self.dim + 1)
 
 
 def describe(step: Step, rank: Rank) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -63,7 +63,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All edits but the local constants. ``hooks`` maps a boundary to its steps, ``sync`` a parameter to the axes it holds."""
+    """All edits but the local constants. ``hooks``: each boundary's steps; ``sync``: the axes a parameter holds."""
 
     slices: Mapping[str, tuple[Dim, ...]]
     leaves: tuple[Leaf, ...]
@@ -72,10 +72,14 @@ class Program:
     sync: Mapping[str, tuple[Dim, ...]]
     draws: tuple[Draw, ...] = ()
 
+    @property
+    def takers(self) -> tuple[Leaf | Wrap, ...]:
+        """What may take a shared gradient sum: what has a ``share``."""
+        return (*self.leaves, *self.wraps)
 
     def unfolded(self, originals: Callable[[str], Sequence[str]]) -> Program:
         """The same edits for every module that a folded skeleton's module stands for."""
-        most = max((s for s in (t.share for t in (*self.leaves, *self.wraps)) if s is not None), default=0) + 1
+        most = max((t.share for t in self.takers if t.share is not None), default=0) + 1
 
         def share(number: int | None, copy: int) -> int | None:
             return None if number is None else number + copy * most
@@ -135,7 +139,7 @@ def uses_of(analysis: Analysis) -> Mapping[fx.Node, list[Edge]]:
 def planned_steps(
     analysis: Analysis, choice: Choice
 ) -> tuple[dict[fx.Node, tuple[Step, ...]], dict[Edge, tuple[Step, ...]], dict[fx.Node, tuple[Step, ...]]]:
-    """What happens to which value: steps right after it is made (for all uses), on one use, and where the model returns it."""
+    """What happens to which value: steps right after it is made (for all uses), on one use, and where returned."""
     comm = choice.communication
     sharded = frozenset(a for c in choice.candidates for a in c.atoms)
     uses = uses_of(analysis)
@@ -186,8 +190,8 @@ def planned_steps(
 
 def _has_gradient(node: fx.Node) -> bool:
     """Whether a gradient can come back from this op (integers and masks have none)."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
+    value: Any = node.meta.get("val")
+    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
     return any(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
 
 
@@ -232,15 +236,17 @@ class _Compiler:
         found: dict[Draw, None] = {}
         pairs = {c.atoms[0]: c.atoms[1] for c in self.choice.candidates if len(c.atoms) == 2}
         for node, info in self.analysis.ops.items():
-            dims = [d for d in (*info.out, *(o.dims for o in info.operands)) if self.sharded & set(atoms_of(d))]
+            dims = [
+                d for d in (*info.out, *(o.dims for o in info.operands)) if self.sharded & set(atoms_of(d))
+            ]
             leaf = self.anchors.leaf_of(node)
             if not info.random or not dims or (leaf is not None and self.anchors.leaves[leaf] == "attention"):
                 continue
             module, call = node.meta.get("module", ""), self.anchors.site_of(node)
             if not any(is_disjoint(d, self.sharded, pairs) for d in dims):
                 raise RewriteError(
-                    f"{node.target} in {self.trace.where(node)}: draws random numbers for a value that some ranks have in "
-                    "common and others have not",
+                    f"{node.target} in {self.trace.where(node)}: draws random numbers for a value that some ranks have "
+                    "in common and others have not",
                     module,
                 )
             if isinstance(self.anchors.modules[module], nn.modules.dropout._DropoutNd):
@@ -248,7 +254,10 @@ class _Compiler:
             elif call is not None and info.operands:
                 found[Draw(call.module, call.frames, info.operands[0].path)] = None
             else:
-                raise RewriteError(f"{node.target} in {self.trace.where(node)}: cannot draw other numbers on each rank", module)
+                raise RewriteError(
+                    f"{node.target} in {self.trace.where(node)}: cannot draw other numbers on each rank",
+                    module,
+                )
         return tuple(found)
 
     # ---- where it goes ---------------------------------------------------------------------------
@@ -301,7 +310,11 @@ class _Compiler:
         boundaries = self.anchors.boundaries_before(node, users, others)
         if boundaries:
             leaf = boundaries[0].fqn if boundaries[0].fqn in self.anchors.leaves else None
-            targets = [self.draft.leaf_before[leaf]] if leaf is not None else [self.draft.hooks[b] for b in boundaries]
+            targets = (
+                [self.draft.leaf_before[leaf]]
+                if leaf is not None
+                else [self.draft.hooks[b] for b in boundaries]
+            )
             if leaf is not None:
                 self.draft.leaf_ports[leaf] |= {b.path for b in boundaries}
             for target in targets:  # a leaf takes its steps once, however many of its arguments the value is
@@ -317,10 +330,12 @@ class _Compiler:
                 if share is not None:
                     self.draft.share[leaf] = share
             else:
-                self._wrap(edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, steps, share)
+                self._wrap(
+                    edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, steps, share
+                )
 
     def _enter_leaf(self, leaf: str, node: fx.Node, user: fx.Node, steps: list[Step]) -> None:
-        """Steps on a value that a leaf module gets, taken inside it: once, however many of its arguments the value is."""
+        """Steps on a value that a leaf module gets, taken inside it: once, whichever of its arguments the value is."""
         ports = {path for call, path in self.anchors.inputs[node] if call.fqn == leaf}
         target = self.draft.leaf_before[leaf].setdefault(self._call_index(leaf, user), [])
         if not ports <= self.draft.leaf_ports[leaf] or not target:
@@ -386,7 +401,9 @@ class _Compiler:
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
             ports = frozenset(self.draft.leaf_ports[fqn])
-            leaves.append(Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports))
+            leaves.append(
+                Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
+            )
         hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn) for b, by_call in self.draft.hooks.items()}
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
@@ -394,7 +411,9 @@ class _Compiler:
             for module, frames, operand in [key]
         )
         leaves += [Leaf(fqn, "embedding") for fqn in sorted(self.anchors.inner) if f"{fqn}.weight" in slices]
-        return Program(slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync, self._draws())
+        return Program(
+            slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync, self._draws()
+        )
 
 
 def _parameter_names(anchors: Anchors, fqn: str) -> list[str]:

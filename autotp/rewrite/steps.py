@@ -6,7 +6,6 @@ A step becomes a callable for one rank by `bind.bind`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 from ..axes.term import Atom, Dim
 
@@ -46,4 +45,4 @@ class Mask:
     """Replicate → Partial: the value counts on one rank."""
 
 
-Step = Union[AllReduce, Enter, Gather, Take, Mask]
+Step = AllReduce | Enter | Gather | Take | Mask

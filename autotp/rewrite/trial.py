@@ -66,28 +66,38 @@ def local_constants(
         sizes.update(_local_sizes(view.analysis, own))
         for want in _wanted(view, own):
             home[id(want)] = view
-            equations.append(Equation(expression(want.call.ints[want.index][1]), want.local, want.call.site, want))
+            equations.append(
+                Equation(expression(want.call.ints[want.index][1]), want.local, want.call.site, want)
+            )
 
     def dim(node: fx.Node, d: int) -> int:
         return sizes[node](d)
 
     solution = solve([e for e in equations if not isinstance(e.expr, Const)], whole, dim, frozen)
-    unsolved = [*solution.unsolved, *(e for e in equations if isinstance(e.expr, Const) and e.expr.value != e.want)]
+    unsolved = [
+        *solution.unsolved,
+        *(e for e in equations if isinstance(e.expr, Const) and e.expr.value != e.want),
+    ]
     patches: dict[str, list[Patch]] = defaultdict(list)
     for equation in unsolved:
+        assert isinstance(equation.tag, Wanted)
         want = equation.tag
-        assert isinstance(want, Wanted)
         if not want.call.frames:
             raise RewriteError(
-                f"{want.call.module}: {want.call.func} needs size {want.local} in place of {want.value} on rank {rank}, "
-                "but no expression of the source passes it",
+                f"{want.call.module}: {want.call.func} needs size {want.local} in place of {want.value} on rank "
+                f"{rank}, but no expression of the source passes it",
                 want.call.module,
             )
         value = _patched_size(
-            want, home[id(want)].analysis, dim, lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path))
+            want,
+            home[id(want)].analysis,
+            dim,
+            lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path)),
         )
         patches[want.call.module].append(Patch(want.call.frames, (SizeAt.of(want.call, want.index, value),)))
-    return LocalConstants(dict(solution.attrs), {fqn: tuple(dict.fromkeys(found)) for fqn, found in patches.items()})
+    return LocalConstants(
+        dict(solution.attrs), {fqn: tuple(dict.fromkeys(found)) for fqn, found in patches.items()}
+    )
 
 
 def _local_sizes(analysis: Analysis, rank: Rank) -> Mapping[fx.Node, Callable[[int], int]]:
@@ -127,7 +137,7 @@ def _patched_size(
 
 
 def _varies(analysis: Analysis, size: Dim) -> bool:
-    """Whether a size is the batch's or the sequence's: an axis of an input, which another call may have of another size."""
+    """Whether a size is the batch's or the sequence's: an axis of an input, of which another call may have more."""
     dims = analysis.dims.get(size.node)
     return dims is None or any(atom in analysis.frozen for atom in term_atoms(dims[0][size.dim]))
 

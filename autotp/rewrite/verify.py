@@ -14,7 +14,7 @@ value, however many views lie between (`repeat_kv` returns early where the local
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +109,7 @@ class _Comparison:
                 self.roots[node] = self.roots[source]
                 continue
             if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-                self.roots[node] = (self.roots[node.args[0]][0], int(node.args[1]))  # type: ignore[call-overload]
+                self.roots[node] = (self.roots[node.args[0]][0], _index(node))
                 continue
             self.roots[node] = (node, 0)
             if not self._in_leaf(node):
@@ -129,7 +129,8 @@ class _Comparison:
         value = node.meta["val"]
         sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else None
         return tuple(
-            sizes[d] if sizes is not None and (0, d) in whole else self.rank.size(dim) for d, dim in enumerate(dims[0])
+            sizes[d] if sizes is not None and (0, d) in whole else self.rank.size(dim)
+            for d, dim in enumerate(dims[0])
         )
 
     def _operand_shape(self, edge: Edge) -> Shape:
@@ -138,12 +139,20 @@ class _Comparison:
     @staticmethod
     def _collapsed(node: fx.Node, shape_of: Any) -> fx.Node | None:
         """The operand whose row-major data this op passes on unchanged."""
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+        if (
+            not isinstance(node.target, torch._ops.OpOverload)
+            or not node.args
+            or not isinstance(node.args[0], fx.Node)
+        ):
             return None
         name = node.target._schema.name.split("::")[-1]
         source = node.args[0]
         before, after = source.meta.get("val"), node.meta.get("val")
-        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        if (
+            not isinstance(before, torch.Tensor)
+            or not isinstance(after, torch.Tensor)
+            or before.dtype != after.dtype
+        ):
             return None
         if name in _RESHAPES or (name in _MAYBE and shape_of(source) == shape_of(node)):
             return source
@@ -165,7 +174,9 @@ class _Comparison:
             if call.fqn in self.v.leaves:
                 twin = reference_calls.get((call.fqn, call.index))
                 if twin is None:
-                    raise VerifyError(f"{call.fqn}: runs more often on rank {self.rank.rank} than in the whole model")
+                    raise VerifyError(
+                        f"{call.fqn}: runs more often on rank {self.rank.rank} than in the whole model"
+                    )
                 inside |= set(range(call.first, call.last))
                 for port in call.outputs:
                     opaque[port.node] = (call, twin)
@@ -189,7 +200,9 @@ class _Comparison:
                 values[node] = self._value_of(node, values, shapes)
         self._check_outputs(values)
 
-    def _value_of(self, node: fx.Node, values: dict[fx.Node, _Value], shapes: dict[fx.Node, Shape | None]) -> _Value:
+    def _value_of(
+        self, node: fx.Node, values: dict[fx.Node, _Value], shapes: dict[fx.Node, Shape | None]
+    ) -> _Value:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         step = _step_of(node)
         if step is not None:
@@ -200,7 +213,7 @@ class _Comparison:
             return _Value(value.root, value.output, (*value.steps, step))
         if node.target is operator.getitem and source is not None:
             value = values[source]
-            return _Value(value.root, int(node.args[1]), value.steps)  # type: ignore[call-overload]
+            return _Value(value.root, _index(node), value.steps)
         same = self._collapsed(node, shapes.__getitem__)
         if same is not None:
             return values[same]
@@ -215,7 +228,9 @@ class _Comparison:
         key = (target, tuple(_operand_roots(node, roots)))
         twins = self.by_key.get(key, [])
         if not twins:
-            raise self._error(node, "has no counterpart in the whole model: other operands, or another branch was taken")
+            raise self._error(
+                node, "has no counterpart in the whole model: other operands, or another branch"
+            )
         reasons: list[str] = []
         # Equal ops run in the same order; only random ones (whose draws differ) have to.
         start = self.serial[key]
@@ -238,15 +253,17 @@ class _Comparison:
                 return "takes other arguments"
             planned = self.planned.on_edge(edge)
             if values[mine].steps != planned:
-                return (
-                    f"gets {operand.node.name} after {_show(values[mine].steps)}, planned was {_show(planned)}"
-                )
+                return f"gets {operand.node.name} after {_show(values[mine].steps)}, planned was {_show(planned)}"
             want, have = self._operand_shape(edge), _shape(mine)
             if have is not None and operand.output == 0 and want != have:
                 return f"gets {operand.node.name} with shape {have}, planned was {want}"
         want_shape = self._local_shape(twin)
         have_shape = _shape(node)
-        if isinstance(node.meta.get("val"), torch.Tensor) and want_shape is not None and want_shape != have_shape:
+        if (
+            isinstance(node.meta.get("val"), torch.Tensor)
+            and want_shape is not None
+            and want_shape != have_shape
+        ):
             return f"makes shape {have_shape}, planned was {want_shape}"
         contracted = info is not None and any(
             a.id in self.rank.partition.ranges for dim in info.contracted for a in atoms_of(dim)
@@ -277,8 +294,20 @@ class _Comparison:
 
     def _same_effect(self, node: fx.Node, twin: fx.Node, want: Any, have: Any) -> bool:
         """Arguments that differ in writing only: -1 for a size, a slice's end beyond the last element."""
-        name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
-        if name in ("expand", "new_zeros", "new_ones", "zeros", "ones", "full", "new_full", "empty", "new_empty"):
+        name = (
+            node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
+        )
+        if name in (
+            "expand",
+            "new_zeros",
+            "new_ones",
+            "zeros",
+            "ones",
+            "full",
+            "new_full",
+            "empty",
+            "new_empty",
+        ):
             sizes = [i for i, v in enumerate(want[0]) if isinstance(v, tuple)]
             return [v for i, v in enumerate(want[0]) if i not in sizes] == [
                 v for i, v in enumerate(have[0]) if i not in sizes
@@ -293,7 +322,12 @@ class _Comparison:
     # ---- leaves, parameters, outputs -------------------------------------------------------------
 
     def _leaf_output(
-        self, call: ModuleCall, twin: ModuleCall, node: fx.Node, nodes: Sequence[fx.Node], values: dict[fx.Node, _Value]
+        self,
+        call: ModuleCall,
+        twin: ModuleCall,
+        node: fx.Node,
+        nodes: Sequence[fx.Node],
+        values: dict[fx.Node, _Value],
     ) -> _Value:
         leaf = self.v.leaves[call.fqn]
         theirs = {port.path: port.node for port in twin.inputs}
@@ -308,7 +342,8 @@ class _Comparison:
             planned = self.planned.into_leaf(reference, twin, before if port.path in leaf.ports else ())
             if planned is not None and value.steps not in planned:
                 raise self._error(
-                    node, f"{call.fqn} gets {reference.name} after {_show(value.steps)}, planned was {_show(planned[0])}"
+                    node,
+                    f"{call.fqn} gets {reference.name} after {_show(value.steps)}, planned was {_show(planned[0])}",
                 )
         self._check_inside(leaf, node, nodes[call.first : call.last])
         path = next(port.path for port in call.outputs if port.node is node)
@@ -332,14 +367,17 @@ class _Comparison:
         else:
             if leaf.bias == "masked":
                 expected.append(("mask", self.rank.rank == 0))
-            missing = list(expected)
-            ok = all(missing.count(s) and not missing.remove(s) for s in found)
-            ok = ok and all(s[0] == "enter" and leaf.share is not None for s in missing)
+            more, missing = Counter(found) - Counter(expected), Counter(expected) - Counter(found)
+            ok = not more and all(s[0] == "enter" and leaf.share is not None for s in missing)
         if not ok:
-            raise self._error(node, f"{leaf.fqn} does {_show(tuple(found))}, planned was {_show(tuple(expected))}")
+            raise self._error(
+                node, f"{leaf.fqn} does {_show(tuple(found))}, planned was {_show(tuple(expected))}"
+            )
         own_weight = f"{leaf.fqn}.weight".lstrip(".")
         for n in inside:
-            name = n.target._schema.name.split("::")[-1] if isinstance(n.target, torch._ops.OpOverload) else ""
+            name = (
+                n.target._schema.name.split("::")[-1] if isinstance(n.target, torch._ops.OpOverload) else ""
+            )
             if name in ("linear", "embedding", "lookup") and leaf.kind in ("linear", "embedding"):
                 weight = n.args[0] if name in ("embedding", "lookup") else n.args[1]
                 fqn = self.reference.aliases.get(own_weight, own_weight)
@@ -356,9 +394,12 @@ class _Comparison:
         reference = self.reference.params.get(self.reference.aliases.get(fqn, fqn))
         if reference is None:
             raise VerifyError(f"{fqn}: a parameter that the whole model does not have")
-        want = self.rank.shape(self.analysis.dims[reference][0]) if fqn not in self.reference.is_buffer else _shape(reference)
+        whole = fqn in self.reference.is_buffer
+        want = _shape(reference) if whole else self.rank.shape(self.analysis.dims[reference][0])
         if want != _shape(node):
-            raise VerifyError(f"{fqn}: has local shape {_shape(node)}, planned was {want} on rank {self.rank.rank}")
+            raise VerifyError(
+                f"{fqn}: has local shape {_shape(node)}, planned was {want} on rank {self.rank.rank}"
+            )
 
     def _check_outputs(self, values: dict[fx.Node, _Value]) -> None:
         if len(self.local.outputs) != len(self.reference.outputs):
@@ -369,15 +410,19 @@ class _Comparison:
                 raise VerifyError(f"output {mine.path} is another value than in the whole model")
             if _shape(mine.node) != _shape(theirs.node):
                 raise VerifyError(
-                    f"output {mine.path} has shape {_shape(mine.node)} on rank {self.rank.rank}, whole it is {_shape(theirs.node)}"
+                    f"output {mine.path} has shape {_shape(mine.node)} on rank {self.rank.rank}, "
+                    f"whole it is {_shape(theirs.node)}"
                 )
             planned = self.planned.at_output(theirs.node)
             if value.steps != planned:
-                raise VerifyError(f"output {mine.path} went through {_show(value.steps)}, planned was {_show(planned)}")
+                raise VerifyError(
+                    f"output {mine.path} went through {_show(value.steps)}, planned was {_show(planned)}"
+                )
 
     def _error(self, node: fx.Node, text: str) -> VerifyError:
         return VerifyError(
-            f"rank {self.rank.rank}: {node.target} in {self.local.where(node)}: {text}", node.meta.get("module", "")
+            f"rank {self.rank.rank}: {node.target} in {self.local.where(node)}: {text}",
+            node.meta.get("module", ""),
         )
 
 
@@ -401,7 +446,7 @@ class _PlannedSteps:
                 source = _Comparison._collapsed(node, self._shape)
                 if source is None and node.target is operator.getitem:
                     source = node.args[0] if isinstance(node.args[0], fx.Node) else None
-            inherited = ()
+            inherited: tuple[tuple[object, ...], ...] = ()
             if source is not None:
                 inherited = self.of(source)
                 edge = next((e for e in self.before if e.consumer is node and e.producer is source), None)
@@ -420,7 +465,7 @@ class _PlannedSteps:
     def into_leaf(
         self, node: fx.Node, call: ModuleCall, before: tuple[Described, ...]
     ) -> list[tuple[Described, ...]] | None:
-        """What the argument of a leaf may have gone through: the planned steps less those that the leaf takes itself."""
+        """What a leaf's argument may have gone through: the planned steps less those that the leaf takes itself."""
         options: list[tuple[Described, ...]] = []
         for edge, steps in self.before.items():
             if edge.producer is node and self._inside(edge.consumer, call):
@@ -483,7 +528,11 @@ def _slice_of(args: Any, shape: Shape) -> tuple[int, int, int, int]:
 
 
 def _step_of(node: fx.Node) -> Described | None:
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "autotp" or _is_lookup(node):
+    if (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or node.target.namespace != "autotp"
+        or _is_lookup(node)
+    ):
         return None
     name = node.target._schema.name.split("::")[-1]
     rest = tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[1:])
@@ -495,12 +544,21 @@ def _dimless(step: Described) -> Described:
     return (step[0], *step[2:]) if step[0] in ("gather", "take") else step
 
 
+def _index(getitem: fx.Node) -> int:
+    index = getitem.args[1]
+    assert isinstance(index, int)
+    return index
+
+
 def _is_lookup(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith("autotp::lookup")
+    return str(node.target).startswith("autotp.lookup")
 
 
 def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def _constant_key(graph: fx.Graph, node: fx.Node, constants: Any) -> object:
@@ -516,5 +574,6 @@ def _constant_key(graph: fx.Graph, node: fx.Node, constants: Any) -> object:
 
 
 def _show(steps: tuple[Described, ...]) -> str:
-    return " → ".join(str(step[0]) if len(step) < 3 else f"{step[0]}{step[1:]}" for step in steps) or "no step"
-
+    return (
+        " → ".join(str(step[0]) if len(step) < 3 else f"{step[0]}{step[1:]}" for step in steps) or "no step"
+    )

@@ -1,8 +1,8 @@
 """One choice of axes seen in several scenarios (forward, train mode, decoding with a cache), and one program for all.
 
-The axes are chosen in the forward. Every other scenario has a trace and an analysis of its own; the chosen axes are found
-there by the parameters that hold them. A scenario may reduce only where the forward does, so that one set of edits serves
-both; gradients matter in train mode, where their sums have to fall on the same places too.
+The axes are chosen in the forward. Every other scenario has a trace and an analysis of its own; the chosen axes are
+found there by the parameters that hold them. A scenario may reduce only where the forward does, so that one set of
+edits serves both; gradients matter in train mode, where their sums have to fall on the same places too.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def another_view(
     for candidate in main.choice.candidates:
         atoms = tuple(twin.get(a) for a in candidate.atoms)
         if any(a is None or a in analysis.frozen for a in atoms):
-            raise RewriteError(f"in scenario {name!r} the axis {candidate.key} cannot be sharded as it is in the forward")
+            raise RewriteError(
+                f"in scenario {name!r} the axis {candidate.key} cannot be sharded as in the forward"
+            )
         found.append(Candidate(tuple(a for a in atoms if a is not None), candidate.ranges, candidate.key))
     anchors = Anchors(analysis.trace)
     places = _only_where(anchors, main.program)
@@ -147,7 +149,9 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))
             if known is None:
                 steps = tuple(translate(s) for s in wrap.steps)
-                wraps[wrap.module, wrap.frames, wrap.operand] = Wrap(wrap.module, wrap.frames, wrap.operand, steps)
+                wraps[wrap.module, wrap.frames, wrap.operand] = Wrap(
+                    wrap.module, wrap.frames, wrap.operand, steps
+                )
             elif not same(known.steps, wrap.steps):
                 raise _conflict(view, wrap.module)
         draws = tuple(dict.fromkeys((*program.draws, *view.program.draws)))
@@ -157,7 +161,8 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
 
 def _conflict(view: View, fqn: str) -> RewriteError:
     return RewriteError(
-        f"{fqn or 'the root module'}: scenario {view.name!r} would need other communication there than the forward", fqn
+        f"{fqn or 'the root module'}: scenario {view.name!r} would need other communication there than the forward",
+        fqn,
     )
 
 
@@ -175,7 +180,8 @@ class _Translation:
 
     def dim(self, dim: Dim) -> Dim:
         return tuple(
-            Cat(tuple(self.dim(part) for part in f.parts)) if isinstance(f, Cat) else self.atom(f) for f in dim
+            Cat(tuple(self.dim(part) for part in f.parts)) if isinstance(f, Cat) else self.atom(f)
+            for f in dim
         )
 
     def __call__(self, step: Step) -> Step:

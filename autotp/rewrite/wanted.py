@@ -20,7 +20,7 @@ from .bind import Rank
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Integer number ``index`` of ``call.ints`` has to be ``local`` on this rank (it is ``value`` in the whole model)."""
+    """Integer number ``index`` of ``call.ints``, ``value`` in the whole model, has to be ``local`` on this rank."""
 
     call: Call
     index: int

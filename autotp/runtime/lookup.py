@@ -1,7 +1,8 @@
 """The vocab-parallel lookup as one op: rows that this rank has, zeros for the ids that other ranks have.
 
-``torch.ops.autotp.lookup.default(weight, ids, starts, lengths, vocab, padding)`` is what a traced or compiled graph shows;
-eager calls take the same steps without the dispatcher. ``padding`` is the local row without a gradient, -1 for none.
+``torch.ops.autotp.lookup.default(weight, ids, starts, lengths, vocab, padding)`` is what a traced or compiled graph
+shows; eager calls take the same steps without the dispatcher. ``padding`` is the local row without a gradient, -1
+for none.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def _lookup(weight: Tensor, ids: Tensor, rows: Runs, vocab: int, padding: int | 
 def localize(ids: Tensor, rows: Runs, vocab: int) -> tuple[Tensor, Tensor | None]:
     """Ids as row numbers of the local weight (0 where another rank has the row), and which ids are elsewhere.
 
-    An id outside the vocabulary must not pass as "elsewhere", or it would give zeros where the unsharded model raises: it
-    stays outside the local rows, so that the lookup raises.
+    An id outside the vocabulary must not pass as "elsewhere", or it would give zeros where the unsharded model raises:
+    it stays outside the local rows, so that the lookup raises.
     """
     if not rows:
         elsewhere = (ids >= 0) & (ids < vocab)
@@ -82,12 +83,16 @@ def local_row(row: int, rows: Runs) -> int | None:
     return None
 
 
-def _real(weight: Tensor, ids: Tensor, starts: list[int], lengths: list[int], vocab: int, padding: int) -> Tensor:
+def _real(
+    weight: Tensor, ids: Tensor, starts: list[int], lengths: list[int], vocab: int, padding: int
+) -> Tensor:
     rows = list(zip(starts, lengths, strict=True))
     return _lookup(weight, ids, rows, vocab, None if padding < 0 else padding).contiguous()
 
 
-def _fake(weight: Tensor, ids: Tensor, starts: list[int], lengths: list[int], vocab: int, padding: int) -> Tensor:
+def _fake(
+    weight: Tensor, ids: Tensor, starts: list[int], lengths: list[int], vocab: int, padding: int
+) -> Tensor:
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.errors import AutoTPError, RankMismatchError
@@ -23,7 +24,7 @@ def default_mesh(device: torch.device | str | None) -> DeviceMesh:
         AutoTPError: torchrun's environment is there, but the process group cannot be made.
     """
     if not dist.is_initialized() and "RANK" not in os.environ:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     kind = torch.device(device).type if device is not None else _accelerator()
     if not dist.is_initialized():
         dist.init_process_group()
@@ -79,5 +80,6 @@ def same_on_all_ranks(mesh: DeviceMesh, fingerprint: str | None, failure: AutoTP
     if len({print_ for print_, _ in everyone}) > 1:
         listing = ", ".join(f"rank {rank}: {print_}" for rank, (print_, _) in enumerate(everyone))
         raise RankMismatchError(
-            f"the ranks hold different models or plans ({listing}). Build the same model, with the same arguments, on each rank."
+            f"the ranks hold different models or plans ({listing}). "
+            "Build the same model, with the same arguments, on each rank."
         )

@@ -108,9 +108,7 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         device = idx.device
         b, t = idx.size()
-        assert t <= self.config.block_size, (
-            f"{t} tokens, but the block size is {self.config.block_size}"
-        )
+        assert t <= self.config.block_size, f"{t} tokens, but the block size is {self.config.block_size}"
         pos = torch.arange(0, t, dtype=torch.long, device=device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for block in self.transformer.h:
