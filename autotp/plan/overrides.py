@@ -17,6 +17,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from .document import Document, read
 from .names import did_you_mean, unfold
 from .obstacles import Obstacles
 from .placement import Uses
-from .plan import PLACEMENTS, Plan
+from .plan import PLACEMENTS, Entry, Plan
 from .same import first_difference
 
 Allow = Callable[[Candidate], bool]
@@ -105,7 +106,7 @@ class Overrides:
             PlanError: an override matches nothing or cannot hold; with the op and the source line in the way.
         """
         if self.plan is not None:
-            return self._apply_plan(self.plan, analysis, model, tp)
+            return self._apply_plan(self.plan, analysis, folds, model, tp)
         if not self.modules:
             return (lambda candidate: True), []
         return _Check(self, analysis, folds, model, tp).run()
@@ -137,7 +138,7 @@ class Overrides:
                 )
 
     def _apply_plan(
-        self, plan: Plan, analysis: Analysis, model: nn.Module, tp: int
+        self, plan: Plan, analysis: Analysis, folds: Folds, model: nn.Module, tp: int
     ) -> tuple[Allow, list[frozenset[Atom]]]:
         if plan.model != type(model).__name__:
             raise PlanError(
@@ -146,7 +147,6 @@ class Overrides:
         if plan.tp != tp:
             raise PlanError(f"{self.document.name} is a plan for tp={plan.tp}, and tp={tp} is asked for")
         found = candidates(analysis, tp)
-        keys = {axis.key for axis in plan.axes}
         known = {candidate.key for candidate in found}
         for i, axis in enumerate(plan.axes):
             if axis.key not in known:
@@ -154,8 +154,27 @@ class Overrides:
                     ("axes", i, "key"),
                     f"this model has no axis {axis.key!r} to shard{did_you_mean(axis.key, known)}",
                 )
-        require = [frozenset(a for c in found if c.key == key for a in c.atoms) for key in sorted(keys)]
-        return (lambda candidate: candidate.key in keys), require
+        keys = {axis.key for axis in plan.axes}
+        entries = {name: entry for entry in plan.entries for name in unfold(entry.name)}
+        held: dict[Atom, list[tuple[Entry | None, int]]] = defaultdict(list)
+        for fqn, node in analysis.trace.params.items():
+            if fqn not in analysis.trace.is_buffer:
+                entry = entries.get(folds.originals(fqn)[0])
+                for d, dim in enumerate(analysis.dims[node][0]):
+                    for atom in atoms_of([dim]):
+                        held[atom].append((entry, d))
+
+        def asked(candidate: Candidate) -> bool:
+            """One of the plan's axes: by its key, and (layers of a Sequential share keys) by the dims that hold it."""
+            dims = [at for atom in candidate.atoms for at in held[atom]]
+            return candidate.key in keys and all(
+                e is not None
+                and d < len(e.global_shape)
+                and any(s[d] < e.global_shape[d] for s in e.local_shapes)
+                for e, d in dims
+            )
+
+        return asked, [frozenset(candidate.atoms) for candidate in found if asked(candidate)]
 
     def _parameters(self, model: nn.Module, pattern: str) -> list[str]:
         """The parameters of the modules that a pattern matches, and those that it matches themselves."""
