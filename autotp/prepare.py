@@ -73,6 +73,8 @@ def prepare(
     overrides = Overrides.load(given)
     wanted = scenarios(model, example_inputs)
     traces, folds = trace_model(model, wanted)
+    if overrides.splits(model, folds):  # some of the layers that were folded into one are placed otherwise
+        traces, folds = trace_model(model, wanted, folded=False)
     analyses = [analyse(t) for t in traces]
     analysis = analyses[0]
     anchors = Anchors(traces[0])
