@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ..runtime.linear import LinearOptions, ShardedLinear, ShardedTransposedLine
 from ..runtime.rng import DrawGate
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
-from .bind import Bound, Rank, bind
+from .bind import Bound, Rank, bind, group_name
 from .patch import Applied, Patch, WrapArg, apply_patches
 from .patch import Wrap as WrapEdit
 from .program import Leaf, Program, Wrap
@@ -71,7 +70,8 @@ def apply(
     applied = _patch(model, program, constants, rank, shared)
     for fqn, dims in program.sync.items():
         module, name = owner(model, fqn)
-        sync_gradient(module, name, *gradient_sum(fqn, dims, rank))
+        parts, part = gradient_sum(fqn, dims, rank)
+        sync_gradient(module, name, group_name(rank.prefix, parts), part)
     disable_fast_paths(model)
     return applied
 
@@ -128,25 +128,31 @@ def sharded_atoms(dims: Sequence[Dim], rank: Rank) -> list[Atom]:
     return [a for a in atoms_of(dims) if a.id in rank.partition.ranges]
 
 
-def gradient_sum(fqn: str, dims: Sequence[Dim], rank: Rank) -> tuple[str, Part | None]:
-    """(group, part): over which ranks the gradient of a parameter with these dims is summed, and which runs of it.
+def gradient_sum(fqn: str, dims: Sequence[Dim], rank: Rank) -> tuple[tuple[tuple[int, ...], ...], Part | None]:
+    """(parts, part): the groups of ranks that sum the gradient of a parameter with these dims, and which runs of it.
 
-    Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own
-    first rows, all ranks sum the rows that they have in common.
+    Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own first
+    rows, all ranks sum the rows that they have in common; of ``(K·G | K | K)·D``, the ranks that share a kv head.
     """
     held = [d for d, dim in enumerate(dims) if sharded_atoms([dim], rank)]
     if not held:
-        return rank.prefix, None
-    mine = [[indices_of(runs(dims[d], rank.partition, r)) for r in range(rank.tp)] for d in held]
-    common = [functools.reduce(np.intersect1d, by_rank) for by_rank in mine]
-    if any(len(c) == 0 for c in common):
-        return rank.group(sharded_atoms(dims, rank)), None
+        return (tuple(range(rank.tp)),), None
     if len(held) != 1:
-        raise RewriteError(f"{fqn}: partly common along several dims, whose gradient autotp cannot sum")
-    local = np.flatnonzero(np.isin(mine[0][rank.rank], common[0]))
-    breaks = np.flatnonzero(np.diff(local) != 1) + 1
-    pieces = np.split(local, breaks)
-    return rank.prefix, (held[0], tuple(int(p[0]) for p in pieces), tuple(len(p) for p in pieces))
+        return rank.parts(sharded_atoms(dims, rank)), None
+    mine = [indices_of(runs(dims[held[0]], rank.partition, r)) for r in range(rank.tp)]
+    owners = np.stack([np.isin(np.arange(size_of(dims[held[0]])), own) for own in mine], axis=1)
+    sets = {tuple(int(r) for r in np.flatnonzero(row)) for row in np.unique(owners, axis=0)}
+    shared = [ranks for ranks in sets if len(ranks) > 1]
+    alone = set(range(rank.tp)) - {r for ranks in shared for r in ranks}
+    common = tuple(sorted((*shared, *((r,) for r in alone))))
+    if sorted(r for ranks in common for r in ranks) != list(range(rank.tp)):
+        raise RewriteError(f"{fqn}: ranks have parts of it in common in more than one way ({sorted(sets)})")
+    own_group = next(ranks for ranks in common if rank.rank in ranks)
+    local = np.flatnonzero(owners[mine[rank.rank]][:, list(own_group)].all(axis=1))
+    if len(local) == len(mine[rank.rank]):
+        return common, None
+    pieces = np.split(local, np.flatnonzero(np.diff(local) != 1) + 1)
+    return common, (held[0], tuple(int(p[0]) for p in pieces), tuple(len(p) for p in pieces))
 
 
 # ---- leaves --------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from ..axes.term import atoms_of as term_atoms
 from ..errors import AutoTPError, RewriteError, VerifyError
 from ..runtime.group import pretend_group
 from ..trace.provenance import AttrPath, Const, Dim, Expr, Op, evaluate, expression
-from .apply import AttrKey, LocalConstants, apply, attribute_of, sharded_atoms
-from .bind import Rank
+from .apply import AttrKey, LocalConstants, apply, attribute_of, gradient_sum
+from .bind import Rank, group_name
 from .constants import Equation, solve
 from .patch import Patch, SizeAt
 from .program import Program
@@ -225,7 +225,9 @@ def groups_of(program: Program, rank: Rank) -> Mapping[str, tuple[tuple[int, ...
     steps += [s for hook in program.hooks.values() for s in hook]
     steps += [s for wrap in program.wraps for s in wrap.steps]
     commons = [s.common for s in steps if isinstance(s, (AllReduce, Enter))]
-    commons += [frozenset(sharded_atoms(dims, rank)) for dims in program.sync.values()]
     for common in commons:
         found[rank.group(common)] = rank.parts(common)
+    for fqn, dims in program.sync.items():
+        parts, _ = gradient_sum(fqn, dims, rank)
+        found[group_name(rank.prefix, parts)] = parts
     return found

@@ -224,7 +224,7 @@ def qkv(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[tor
 ATTENTION = [
     s(
         "scaled_dot_product_attention",
-        "ab**, ab**, ab** -> ab**",
+        "abc*, ab**, ab** -> abc*",
         *qkv((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6)),
     ),
     s(
@@ -236,59 +236,59 @@ ATTENTION = [
     ),
     s(
         "scaled_dot_product_attention",
-        "a**, a**, a**, ** -> a**",
+        "ab*, a**, a**, b* -> ab*",
         *qkv((3, 5, 4), (3, 7, 4), (3, 7, 4)),
         real(5, 7),
     ),
-    s("scaled_dot_product_attention", "**, **, ** -> **", *qkv((5, 4), (7, 4), (7, 4))),
+    s("scaled_dot_product_attention", "a*, **, ** -> a*", *qkv((5, 4), (7, 4), (7, 4))),
     s(
         "scaled_dot_product_attention",
-        "ab**, ab**, ab**, a1** -> ab**",
+        "abc*, ab**, ab**, a1c* -> abc*",
         *qkv((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
         real(2, 1, 5, 7),
     ),
     s(
         "scaled_dot_product_attention",
-        "ab**, ab**, ab**, 1b** -> ab**",
+        "abc*, ab**, ab**, 1bc* -> abc*",
         *qkv((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
         bools(1, 3, 5, 7) | True,
     ),
     # one kv head: broadcast, and with enable_gqa
     s(
         "scaled_dot_product_attention",
-        "ab**, a1**, a1** -> ab**",
+        "abc*, a1**, a1** -> abc*",
         *qkv((2, 3, 5, 4), (2, 1, 7, 4), (2, 1, 7, 4)),
     ),
     s(
         "scaled_dot_product_attention",
-        "ab**, a1**, a1** -> ab**",
+        "abc*, a1**, a1** -> abc*",
         *qkv((2, 3, 5, 4), (2, 1, 7, 4), (2, 1, 7, 4)),
         enable_gqa=True,
     ),
     # grouped queries: heads are kv heads × queries of one
     s(
         "scaled_dot_product_attention",
-        "a(bc)**, ab**, ab** -> a(bc)**",
+        "a(bc)d*, ab**, ab** -> a(bc)d*",
         *qkv((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
         enable_gqa=True,
     ),
     s(
         "scaled_dot_product_attention",
-        "a(bc)**, ab**, ab**, a(bc)** -> a(bc)**",
+        "a(bc)d*, ab**, ab**, a(bc)d* -> a(bc)d*",
         *qkv((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
         real(2, 6, 5, 7),
         enable_gqa=True,
     ),
     s(
         "scaled_dot_product_attention",
-        "a(bc)**, ab**, ab**, 11** -> a(bc)**",
+        "a(bc)d*, ab**, ab**, 11d* -> a(bc)d*",
         *qkv((2, 12, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
         real(1, 1, 5, 7),
         enable_gqa=True,
     ),
     s(
         "scaled_dot_product_attention",
-        "ab**, ab**, ab** -> ab**",
+        "abc*, ab**, ab** -> abc*",
         *qkv((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
         None,
         0.5,

@@ -1,4 +1,6 @@
-"""Rules of fused attention: batch and heads pass, positions and the head dim are blocked.
+"""Rules of fused attention: batch, heads and (unless causal) the queries' positions pass, the rest is blocked.
+
+A decode step of grouped-query attention may put the group in the place of the positions, ``[b, K, G, d]``.
 
 Grouped-query attention appears in three ways, and each leaves the queries' heads as ``K · G`` (kv heads,
 queries of one): keys expanded in the model (an ``expand`` made ``G``, so heads agree one by one),
@@ -26,9 +28,10 @@ def attention(op: OpContext) -> None:
     q, k, v = (op.tensor(name) for name in ("query", "key", "value"))
     mask = next((op.tensor(name) for name in ("attn_mask", "attn_bias") if op.has(name)), None)
     operands = [q, k, v, *([] if mask is None else [mask])]
+    rows = [] if op.args.get("is_causal") or len(op.out_shapes()) > 1 else [q, *([] if mask is None else [mask])]
     for i in operands:
-        for d in range(max(op.rank(i) - 2, 0), op.rank(i)):
-            op.block(i, d)
+        for d in range(max(op.rank(i) - 2, 0), op.rank(i) - (i in rows and op.rank(i) > 1)):
+            op.block(i, d if i not in rows else d + 1)
     rank = op.rank(q)
     grouped = bool(op.args.get("enable_gqa", False)) and rank > 2 and op.shape(q)[-3] != op.shape(k)[-3] != 1
     leading = [
@@ -37,8 +40,8 @@ def attention(op: OpContext) -> None:
         else op.join([(i, op.rank(i) - at) for i in operands if op.rank(i) >= at])
         for at in range(rank, 2, -1)
     ]
-    positions, width = op.shape(q)[-2], op.shape(v)[-1]
-    out: list[Dim] = [*leading, *(op.whole(size) for size in (positions, width))]
+    positions = op.join([(i, op.rank(i) - 2) for i in rows]) if rows else op.whole(op.shape(q)[-2])
+    out: list[Dim] = [*leading, positions, op.whole(op.shape(v)[-1])]
     # the fused kernels also return the softmax's denominators, [batch, heads, positions], and seeds
     heads = tuple(op.solver.size(d) for d in leading)
     others = [
