@@ -163,7 +163,8 @@ def planned_steps(
             )
     for node, edges in comm.enter.items():
         others = set(uses[node]) - set(edges)
-        if node in returned or any(_has_gradient(edge.consumer) for edge in others):
+        # A leaf that reduces its result does not enter it too: that is left to the uses.
+        if node in returned or after.get(node) or any(_has_gradient(edge.consumer) for edge in others):
             for edge in edges:
                 before[edge].append(Enter(common(node)))
         else:
