@@ -112,18 +112,27 @@ def choose(
     best: Choice | None = None
     failures: list[str] = []
     most = 0.0
+    bar = (
+        (1 - tolerance) * sets[0][0] if sets else 0.0
+    )  # what shards as much can no longer fall out of the tolerance
     for i, (size, chosen) in enumerate(_promising(flow, sets or [(0.0, ())], tolerance)):
         if i >= 8 * MOST_SETS:
             cut_off = True
             break
-        if size < (1 - tolerance) * most or (
-            best is not None and flow.least(chosen) > best.communication.cost_bytes
+        if size < (1 - tolerance) * most:
+            continue
+        if (
+            best is not None
+            and best.sharded_bytes >= bar
+            and flow.least(chosen) > best.communication.cost_bytes
         ):
             continue
         feasible = _communicate(flow, chosen, failures)
         if feasible is None:
             continue
         kept, communication = feasible
+        if not all(wanted & {a for c in kept for a in c.atoms} for wanted in required):
+            continue
         size = bytes_of(kept)
         choice = Choice(kept, communication, size, total, True)
         if size > most:
@@ -132,6 +141,9 @@ def choose(
                 best = None
         if size >= (1 - tolerance) * most and (best is None or _rank(choice) < _rank(best)):
             best = choice
+    if best is None and required:
+        why = f": {failures[0]}" if failures else ""
+        raise PlanError(f"no set of axes can be sharded as the overrides ask{why}")
     if best is None:
         best = Choice((), Communication(), 0.0, total, True)
     return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)

@@ -1,4 +1,4 @@
-"""The planner's program solved by trying everything: all sets of axes, all sets of values to reduce, all places of an enter.
+"""The planner's program solved by trying everything: all sets of axes, of values to reduce, of places of an enter.
 
 Nothing here is shared with the planner but the analysis and the prices. What is right follows from what the values
 are on each rank:
@@ -230,7 +230,7 @@ class Ranks:
     # ---- forward
 
     def forward(self, reduce: frozenset[fx.Node]) -> tuple[set[fx.Node], set[Edge]]:
-        """(values that are made Partial, operands that must count once), if ``reduce`` are the values that are reduced."""
+        """(values that are made Partial, operands that must count once), with these values reduced."""
         partial: set[fx.Node] = set()
         for node in self.order:
             if node in self.ops and self.makes_partial(node, partial - reduce):

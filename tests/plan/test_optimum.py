@@ -21,7 +21,7 @@ from tests.plan.bruteforce import Answer, Impossible, Ranks, check_valid, legal,
 from tests.plan.nets import Net, analysed, draw, seeded
 
 TP = 2
-SHORT, LONG = 5, 2003  # tokens: what a collective costs is its start, or its bytes
+SHORT, LONG = 5, 2003  # tokens: a collective costs its start, or its bytes
 
 
 def able(analysis: Analysis) -> list[Candidate]:
