@@ -12,27 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..axes.layout import indices_of, local_size, runs
-from ..axes.term import Atom, Dim, size_of
+from ..axes.layout import indices_of, runs
+from ..axes.term import Dim, size_of
 from ..errors import RewriteError
-from ..plan.candidates import atoms_of
-from ..runtime.attention import AttentionOptions, ShardedMultiheadAttention, disable_fast_paths
+from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
-from ..runtime.conv import ConvOptions, ShardedConv
-from ..runtime.edges import Gather as EdgeGather
 from ..runtime.edges import SharedEnter
-from ..runtime.edges import Take as EdgeTake
-from ..runtime.embedding import EmbeddingOptions, ShardedEmbedding
 from ..runtime.gradients import Part, sync_gradient
-from ..runtime.linear import LinearOptions, ShardedLinear, ShardedTransposedLinear
 from ..runtime.rng import DrawGate
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
 from .bind import Bound, Rank, bind, group_name
 from .patch import Applied, Patch, WrapArg, apply_patches
 from .patch import Wrap as WrapEdit
-from .program import Leaf, Program, Wrap
-from .steps import AllReduce, Enter, Gather, Step, Take
+from .program import Program, Wrap
+from .steps import Enter, Step
+from .swap import SharedEnters, swap_leaf
 
 AttrKey = tuple[str, AttrPath]
 
@@ -57,11 +52,11 @@ def apply(
     Args:
         place: moves each slice (to its device) as it is cut.
     """
-    shared = _SharedEnters(program, rank)
+    shared = SharedEnters(program, rank)
     slice_parameters(model, program.slices, rank, place)
     for leaf in program.leaves:
         try:
-            _swap(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
+            swap_leaf(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
         except RewriteError as error:
             raise RewriteError(str(error), leaf.fqn) from error
     _add_hooks(model, program, rank)
@@ -124,21 +119,19 @@ def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def sharded_atoms(dims: Sequence[Dim], rank: Rank) -> list[Atom]:
-    return [a for a in atoms_of(dims) if a.id in rank.partition.ranges]
-
-
-def gradient_sum(fqn: str, dims: Sequence[Dim], rank: Rank) -> tuple[tuple[tuple[int, ...], ...], Part | None]:
+def gradient_sum(
+    fqn: str, dims: Sequence[Dim], rank: Rank
+) -> tuple[tuple[tuple[int, ...], ...], Part | None]:
     """(parts, part): the groups of ranks that sum the gradient of a parameter with these dims, and which runs of it.
 
-    Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own first
-    rows, all ranks sum the rows that they have in common; of ``(K·G | K | K)·D``, the ranks that share a kv head.
+    Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own
+    first rows, all ranks sum the rows that they have in common; of ``(K·G | K | K)·D``, the ranks that share a kv head.
     """
-    held = [d for d, dim in enumerate(dims) if sharded_atoms([dim], rank)]
+    held = [d for d, dim in enumerate(dims) if rank.sharded([dim])]
     if not held:
         return (tuple(range(rank.tp)),), None
     if len(held) != 1:
-        return rank.parts(sharded_atoms(dims, rank)), None
+        return rank.parts(rank.sharded(dims)), None
     mine = [indices_of(runs(dims[held[0]], rank.partition, r)) for r in range(rank.tp)]
     owners = np.stack([np.isin(np.arange(size_of(dims[held[0]])), own) for own in mine], axis=1)
     sets = {tuple(int(r) for r in np.flatnonzero(row)) for row in np.unique(owners, axis=0)}
@@ -153,142 +146,6 @@ def gradient_sum(fqn: str, dims: Sequence[Dim], rank: Rank) -> tuple[tuple[tuple
         return common, None
     pieces = np.split(local, np.flatnonzero(np.diff(local) != 1) + 1)
     return common, (held[0], tuple(int(p[0]) for p in pieces), tuple(len(p) for p in pieces))
-
-
-# ---- leaves --------------------------------------------------------------------------------------
-
-
-class _SharedEnters:
-    """One `SharedEnter` for all takers of one share number."""
-
-    def __init__(self, program: Program, rank: Rank) -> None:
-        self.consumers: dict[int, int] = defaultdict(int)
-        for taker in program.takers:
-            if taker.share is not None:
-                self.consumers[taker.share] += 1
-        self.rank = rank
-        self.made: dict[int, SharedEnter] = {}
-
-    def enter(self, step: Enter, share: int | None) -> str | SharedEnter:
-        group = self.rank.group(step.common)
-        if share is None:
-            return group
-        if share not in self.made:
-            self.made[share] = SharedEnter(group, self.consumers[share])
-        return self.made[share]
-
-
-def _edge_gather(step: Gather, rank: Rank) -> EdgeGather:
-    sizes, starts, lengths = rank.gather(step.axes)
-    return EdgeGather(rank.prefix, tuple(sizes), tuple(starts), tuple(lengths))
-
-
-def _swap(module: nn.Module, leaf: Leaf, program: Program, rank: Rank, shared: _SharedEnters) -> None:
-    enter = next((shared.enter(s, leaf.share) for s in leaf.before if isinstance(s, Enter)), None)
-    take = next((s for s in leaf.before if isinstance(s, Take)), None)
-    reduce = next((rank.group(s.common) for s in leaf.after if isinstance(s, AllReduce)), None)
-    gather = next((s for s in leaf.after if isinstance(s, Gather)), None)
-    known = (Enter, Take) if leaf.kind in ("linear", "conv1d") else (Enter,)
-    if any(not isinstance(s, known) for s in leaf.before) or any(
-        not isinstance(s, (AllReduce, Gather)) for s in leaf.after
-    ):
-        raise RewriteError(
-            f"{leaf.fqn}: cannot do {leaf.before} before and {leaf.after} after a {leaf.kind} module",
-            leaf.fqn,
-        )
-    own = {fqn[len(leaf.fqn) + 1 :]: dims for fqn, dims in program.slices.items() if owner_of(fqn, leaf.fqn)}
-    keep = rank.rank == 0
-    if leaf.kind in ("linear", "conv1d"):
-        options = LinearOptions(
-            enter=enter,
-            take=EdgeTake(*map(tuple, rank.take(take.axes))) if take is not None else None,
-            reduce=reduce,
-            bias=leaf.bias,
-            keep=keep,
-            gather=_edge_gather(gather, rank) if gather is not None else None,
-        )
-        if leaf.kind == "linear":
-            assert isinstance(module, nn.Linear)
-            ShardedLinear.swap(module, options)
-        else:
-            ShardedTransposedLinear.swap(module, options)
-    elif leaf.kind == "embedding":
-        _swap_embedding(module, leaf, own, reduce, gather, rank)
-    elif leaf.kind == "attention":
-        _swap_attention(module, leaf, own, enter, reduce is not None, rank)
-    else:
-        _swap_conv(module, leaf, own, enter, reduce, gather, rank)
-
-
-def owner_of(fqn: str, module: str) -> bool:
-    return fqn.startswith(module + ".") if module else True
-
-
-def _swap_embedding(
-    module: nn.Module,
-    leaf: Leaf,
-    own: Mapping[str, Sequence[Dim]],
-    reduce: str | None,
-    gather: Gather | None,
-    rank: Rank,
-) -> None:
-    assert isinstance(module, nn.Embedding)
-    dims = own.get("weight")
-    rows = None
-    if dims is not None and sharded_atoms(dims[:1], rank):
-        rows = tuple(runs(dims[0], rank.partition, rank.rank))
-    vocab = size_of(dims[0]) if dims is not None else module.num_embeddings
-    options = EmbeddingOptions(
-        rows, vocab, reduce, _edge_gather(gather, rank) if gather is not None else None
-    )
-    ShardedEmbedding.swap(module, options)
-
-
-def _swap_attention(
-    module: nn.Module,
-    leaf: Leaf,
-    own: Mapping[str, Sequence[Dim]],
-    enter: str | SharedEnter | None,
-    reduce: bool,
-    rank: Rank,
-) -> None:
-    assert isinstance(module, nn.MultiheadAttention)
-    name, parts = (
-        ("in_proj_weight", 3) if module._parameters["in_proj_weight"] is not None else ("q_proj_weight", 1)
-    )
-    dims = own.get(name)
-    if dims is None or "out_proj.weight" not in own:
-        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by its heads only", leaf.fqn)
-    rows = [local_size(dims[0], rank.partition, r) for r in range(rank.tp)]
-    if any(n % (parts * module.head_dim) for n in rows):
-        raise RewriteError(f"{leaf.fqn}: nn.MultiheadAttention can be sharded by whole heads only", leaf.fqn)
-    heads = tuple(n // (parts * module.head_dim) for n in rows)
-    named = {("args", i): name for i, name in enumerate(("query", "key", "value"))}
-    enters = frozenset(named[path] if path in named else str(path[1]) for path in leaf.ports)
-    options = AttentionOptions(rank.prefix, heads, rank.rank, enter, reduce, rank.rank == 0, enters)
-    ShardedMultiheadAttention.swap(module, options)
-
-
-def _swap_conv(
-    module: nn.Module,
-    leaf: Leaf,
-    own: Mapping[str, Sequence[Dim]],
-    enter: str | SharedEnter | None,
-    reduce: str | None,
-    gather: Gather | None,
-    rank: Rank,
-) -> None:
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    per_group = module.out_channels // module.groups
-    options = ConvOptions(
-        groups=1 if module.groups == 1 else module.weight.shape[0] // per_group,
-        enter=enter,
-        reduce=reduce,
-        bias=leaf.bias,
-        keep=rank.rank == 0,
-        gather=_edge_gather(gather, rank) if gather is not None else None,
-    )
-    ShardedConv.swap(module, options)
 
 
 # ---- hooks, attributes, patches ------------------------------------------------------------------
@@ -330,7 +187,7 @@ def attribute_of(model: nn.Module) -> Callable[[str, AttrPath], int]:
 
 
 def _patch(
-    model: nn.Module, program: Program, constants: LocalConstants, rank: Rank, shared: _SharedEnters
+    model: nn.Module, program: Program, constants: LocalConstants, rank: Rank, shared: SharedEnters
 ) -> list[Applied]:
     patches: dict[str, list[Patch]] = defaultdict(list)
     for fqn, sizes in constants.patches.items():
@@ -356,7 +213,7 @@ def _patch(
     return applied
 
 
-def _chain(wrap: Wrap, rank: Rank, shared: _SharedEnters) -> Bound:
+def _chain(wrap: Wrap, rank: Rank, shared: SharedEnters) -> Bound:
     steps: list[Bound] = []
     for step in wrap.steps:
         how = shared.enter(step, wrap.share) if isinstance(step, Enter) else None
@@ -374,7 +231,3 @@ class Chain:
         for step in self.steps:
             x = step(x)
         return x
-
-
-def describe_attributes(attrs: Mapping[AttrKey, int]) -> Sequence[str]:
-    return [f"{fqn}.{'.'.join(map(str, path))} = {value}" for (fqn, path), value in attrs.items()]

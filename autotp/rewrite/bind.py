@@ -32,6 +32,10 @@ class Rank:
     def shape(self, dims: Sequence[Dim]) -> tuple[int, ...]:
         return tuple(self.size(dim) for dim in dims)
 
+    def sharded(self, dims: Iterable[Dim]) -> list[Atom]:
+        """The sharded axes in these dims."""
+        return [a for dim in dims for a in atoms_of(dim) if a.id in self.partition.ranges]
+
     def parts(self, common: Iterable[Atom]) -> tuple[tuple[int, ...], ...]:
         """The ranks, by equal ranges of the ``common`` axes: the groups that sum what those ranks hold alike."""
         held = sorted(common, key=lambda a: a.id)
