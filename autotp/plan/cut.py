@@ -64,19 +64,24 @@ class VertexCut(Generic[V]):
         """What leaves ``v`` uncut reaches the sink."""
         self._net.add_edge(SINK, ("out", v))
 
-    def _solved(self, net: nx.DiGraph) -> tuple[int, frozenset[Hashable]] | None:
+    def _solved(self, net: nx.DiGraph, late: bool) -> tuple[int, frozenset[Hashable]] | None:
         """(cost, the side of the source) of one part; None where it cannot be cut."""
-        key = frozenset(net.edges(data="capacity"))
+        key = frozenset((late, *net.edges(data="capacity")))
         if key not in self._cache:
             try:
-                cost, (_, side) = nx.minimum_cut(net, SINK, SOURCE, flow_func=nx.algorithms.flow.dinitz)
+                if late:  # networkx returns the cut nearest to where the flow ends
+                    cost, (side, _) = nx.minimum_cut(
+                        net.reverse(), SOURCE, SINK, flow_func=nx.algorithms.flow.dinitz
+                    )
+                else:
+                    cost, (_, side) = nx.minimum_cut(net, SINK, SOURCE, flow_func=nx.algorithms.flow.dinitz)
                 self._cache[key] = int(cost), frozenset(side)
             except nx.NetworkXUnbounded:
                 self._cache[key] = None
         return self._cache[key]
 
-    def solve(self) -> tuple[int, frozenset[V], frozenset[V]]:
-        """(cost, the vertices cut, the vertices reached and left uncut).
+    def solve(self, late: bool = False) -> tuple[int, frozenset[V], frozenset[V]]:
+        """(cost, the vertices cut, the vertices reached and left uncut); among equals nearest the source, or the sink.
 
         Raises:
             PlanError: every way from source to sink passes only vertices that may not be cut.
@@ -88,7 +93,7 @@ class VertexCut(Generic[V]):
             if not any(self._net.has_edge(n, SOURCE) for n in part):
                 continue
             net = self._net.subgraph([*part, SOURCE, SINK])
-            found = self._solved(net)
+            found = self._solved(net, late)
             if found is None:
                 raise PlanError("a value must be whole where nothing can make it whole")
             cost += found[0]

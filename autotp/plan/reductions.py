@@ -12,8 +12,7 @@ forward, all-reduce backward; Megatron-LM's *f*, Shoeybi et al. 2019) at a value
 uses. Again a minimum vertex cut, on the gradients.
 
 Each cut is exact. They meet where a Partial passes through a product: the gradient of the other factor is then
-Partial too. So the forward is cut four times (with such products or without, with whole addends masked or not), the
-backward after each, and the cheapest pair is taken.
+Partial too. So the forward is cut in several ways (`WAYS`), the backward after each, and the cheapest pair is taken.
 
 **Conversions** are fixed by the axes: where producer and use of a value disagree it is gathered or sliced.
 
@@ -44,6 +43,13 @@ TOKENS = 128
 #: What it costs to start a collective, as bytes at the traced batch: about 10 µs at 100 GB/s, 14 tokens standing
 #: for 2,048.
 START_BYTES = 8192
+#: Ways to cut the forward, the plainest first: whole addends masked or not, Partials through products or not, and then
+#: as late as can be among equals, which makes the other factor's gradient Partial where others of it are Partial too.
+WAYS = tuple(
+    (masks, products, late)
+    for masks in (False, True)
+    for products, late in ((False, False), (True, False), (True, True))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +190,9 @@ class Flow:
         best: Communication | None = None
         seen: set[tuple[frozenset[fx.Node], frozenset[Edge]]] = set()
         failure = PlanError("no way to sum")
-        for masks, products in ((False, False), (False, True), (True, False), (True, True)):
+        for masks, products, late in WAYS:
             try:
-                reduce, partial, masked, price = self._forward(sharded, conversions, masks, products)
+                reduce, partial, masked, price = self._forward(sharded, conversions, masks, products, late)
                 if (reduce, masked) in seen:
                     continue
                 seen.add((reduce, masked))
@@ -285,7 +291,12 @@ class Flow:
     # ---- forward -------------------------------------------------------------------------------
 
     def _forward(
-        self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...], masks: bool, products: bool
+        self,
+        sharded: frozenset[Atom],
+        conversions: tuple[Conversion, ...],
+        masks: bool,
+        products: bool,
+        late: bool,
     ) -> tuple[frozenset[fx.Node], frozenset[fx.Node], frozenset[Edge], int]:
         ops = self.analysis.ops
         sources = {n for n, info in ops.items() if sharded & frozenset(atoms_of(info.contracted))}
@@ -338,7 +349,7 @@ class Flow:
                     whole = True
             if whole:
                 cut.end(node)
-        cost, reduce, unreduced = cut.solve()
+        cost, reduce, unreduced = cut.solve(late)
         partial = reduce | unreduced
         masked = frozenset(
             Edge(o.node, node, j)

@@ -75,7 +75,7 @@ def test_products_of_activations(seq: int) -> None:
     pairs = [pair for seed in range(25) for pair in compared(analysed(seeded(seed, 9), seq=seq))]
     costs = [(choice.communication.cost_bytes, best.cost) for choice, best in pairs]
     assert all(found >= best for found, best in costs)
-    assert sum(found == best for found, best in costs) >= 0.98 * len(costs)
+    assert sum(found == best for found, best in costs) >= 0.95 * len(costs)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -127,14 +127,15 @@ def test_the_other_way_round() -> None:
 # ---- what cannot be read ---------------------------------------------------------------------------------
 
 THERE = "the given overrides: "
+KNOWN = "; there are column, row, vocab, shard, replicate"
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"modles": {}}, "unknown key 'modles' (did you mean 'modules'?)"),
-        ({"modules": {"lm_head": "colum"}}, "'lm_head': 'colum' is no placement (did you mean 'column'?); there are column, row, vocab, shard, replicate"),
-        ({"modules": {"lm_head": None}}, "'lm_head': None is no placement; there are column, row, vocab, shard, replicate"),
+        ({"modules": {"lm_head": "colum"}}, "'lm_head': 'colum' is no placement (did you mean 'column'?)" + KNOWN),
+        ({"modules": {"lm_head": None}}, "'lm_head': None is no placement" + KNOWN),
         ({"modules": ["lm_head"]}, "modules should map patterns to placements, and is ['lm_head']"),
         ({"lm_head": "row"}, "placements go under 'modules:', and 'lm_head': row does not"),
         ({}, "modules should map patterns to placements, and is None"),
@@ -187,7 +188,8 @@ def test_no_product() -> None:
 
 def test_an_op_needs_the_axis_whole() -> None:
     assert refusal({"modules": {"*.ln_1": "shard"}}, "gpt2") == THERE + (
-        "transformer.h.0.ln_1.weight cannot be sharded: layer_norm in 'transformer.h.0.ln_1' needs the axis (of 48) whole"
+        "transformer.h.0.ln_1.weight cannot be sharded: "
+        "layer_norm in 'transformer.h.0.ln_1' needs the axis (of 48) whole"
     )
 
 
@@ -200,8 +202,9 @@ def test_too_few_elements() -> None:
 def test_kept_whole_by_another() -> None:
     given = {"*.mlp.down_proj": "replicate", "*.mlp.up_proj": "column"}
     assert refusal({"modules": given}) == THERE + (
-        "model.layers.0.mlp.up_proj.weight cannot be column-parallel: model.layers.0.mlp.down_proj.weight also holds its "
-        "output axis, and '*.mlp.down_proj': replicate keeps it whole"
+        "model.layers.0.mlp.up_proj.weight cannot be column-parallel: "
+        "model.layers.0.mlp.down_proj.weight also holds its output axis, "
+        "and '*.mlp.down_proj': replicate keeps it whole"
     )
 
 
@@ -264,11 +267,12 @@ def test_a_plan_of_another_model() -> None:
     assert refusal(given, tp=2) == "the given plan is a plan for tp=4, and tp=2 is asked for"
     text = given.to_yaml()
     assert refusal(text.replace("key: lm_head.weight", "key: lm_haed.weight")) == (
-        "the given text:9: this model has no axis 'lm_haed.weight[0].0' to shard (did you mean 'lm_head.weight[0].0'?)"
+        "the given text:9: this model has no axis 'lm_haed.weight[0].0' to shard "
+        "(did you mean 'lm_head.weight[0].0'?)"
     )
     assert refusal(text.replace("placement: row", "placement: shard", 1)) == (
-        "the given text is not the plan of this model: placement of model.layers.{0-1}.self_attn.o_proj.weight is shard "
-        "in it and row here. Was it made for another model, other inputs, or by another version of autotp?"
+        "the given text is not the plan of this model: "
+        "placement of model.layers.{0-1}.self_attn.o_proj.weight is shard in it and row here. Was it made for another model, other inputs, or by another version of autotp?"
     )
 
 
