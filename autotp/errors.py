@@ -11,7 +11,14 @@ class AutoTPError(Exception):
 
 
 class TraceError(AutoTPError):
-    """The model's forward could not be captured as a graph (data-dependent branch, inputs that cannot be guessed)."""
+    """The model's forward could not be captured as a graph (data-dependent branch, inputs that cannot be guessed).
+
+    ``module`` (its fqn) is where, if that is known.
+    """
+
+    def __init__(self, text: str, module: str | None = None) -> None:
+        super().__init__(text)
+        self.module = module
 
 
 class PlanError(AutoTPError):

@@ -204,7 +204,11 @@ def _prove(
         except AutoTPError as error:
             first = first or error
             if not constants.attrs:
-                raise first if isinstance(first, RewriteError) else VerifyError(str(first)) from error
+                if isinstance(first, RewriteError):
+                    raise first from error
+                raise VerifyError(
+                    f"the rewritten model does not run: {first}", getattr(first, "module", None)
+                ) from error
             frozen |= frozenset(constants.attrs)
 
 

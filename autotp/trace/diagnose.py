@@ -38,17 +38,20 @@ def trace_error(error: Exception, module: str | None, scenario: str) -> TraceErr
             f"({kind}: {text}), and none are known while tracing. Compute it without reading values "
             "(torch.where, masks, a fixed number of steps), pass what it decides as a plain argument, or "
             "switch the library to a form that can be traced (in transformers, "
-            "set_experts_implementation('batched_mm') for experts)."
+            "set_experts_implementation('batched_mm') for experts).",
+            module,
         )
     if "device" in text and ("meta" in text or "cuda" in text or "devices" in text):
         return TraceError(
             f"cannot trace scenario {scenario!r}: {where}, tensors of two devices meet ({kind}: {text}). "
             "Tracing runs on fake CPU tensors: make new tensors on the device of an input (device=x.device), "
-            "and register constant tensors as buffers."
+            "and register constant tensors as buffers.",
+            module,
         )
     return TraceError(
         f"cannot trace scenario {scenario!r}: {where}, the forward raised {kind}: {text}. Check that "
-        "model(*args, **kwargs) runs with the example inputs; pass others as example_inputs."
+        "model(*args, **kwargs) runs with the example inputs; pass others as example_inputs.",
+        module,
     )
 
 

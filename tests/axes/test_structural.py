@@ -1,5 +1,4 @@
-"""Rules of structural ops: what they say of axes, their local arguments, and that slicing commutes with them.
-"""
+"""Rules of structural ops: what they say of axes, their local arguments, and that slicing commutes with them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ def attention(op: OpContext) -> None:
     q, k, v = (op.tensor(name) for name in ("query", "key", "value"))
     mask = next((op.tensor(name) for name in ("attn_mask", "attn_bias") if op.has(name)), None)
     operands = [q, k, v, *([] if mask is None else [mask])]
-    rows = [] if op.args.get("is_causal") or len(op.out_shapes()) > 1 else [q, *([] if mask is None else [mask])]
+    rows = (
+        [] if op.args.get("is_causal") or len(op.out_shapes()) > 1 else [q, *([] if mask is None else [mask])]
+    )
     for i in operands:
         for d in range(max(op.rank(i) - 2, 0), op.rank(i) - (i in rows and op.rank(i) > 1)):
             op.block(i, d if i not in rows else d + 1)
