@@ -272,7 +272,8 @@ def test_a_plan_of_another_model() -> None:
     )
     assert refusal(text.replace("placement: row", "placement: shard", 1)) == (
         "the given text is not the plan of this model: "
-        "placement of model.layers.{0-1}.self_attn.o_proj.weight is shard in it and row here. Was it made for another model, other inputs, or by another version of autotp?"
+        "placement of model.layers.{0-1}.self_attn.o_proj.weight is shard in it and row here. "
+        "Was it made for another model, other inputs, or by another version of autotp?"
     )
 
 
