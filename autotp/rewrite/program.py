@@ -136,6 +136,17 @@ def uses_of(analysis: Analysis) -> Mapping[fx.Node, list[Edge]]:
     return uses
 
 
+def sharded_parameters(analysis: Analysis, choice: Choice) -> dict[str, tuple[Dim, ...]]:
+    """The dims of each parameter that a rank holds a slice of, under all of its names."""
+    sharded = {a for c in choice.candidates for a in c.atoms}
+    found = {
+        fqn: analysis.dims[node][0]
+        for fqn, node in analysis.trace.params.items()
+        if sharded & set(atoms_of(analysis.dims[node][0]))
+    }
+    return found | {alias: found[fqn] for alias, fqn in analysis.trace.aliases.items() if fqn in found}
+
+
 def planned_steps(
     analysis: Analysis, choice: Choice
 ) -> tuple[dict[fx.Node, tuple[Step, ...]], dict[Edge, tuple[Step, ...]], dict[fx.Node, tuple[Step, ...]]]:
@@ -222,12 +233,7 @@ class _Compiler:
         for edge in sorted(self.comm.masked, key=lambda e: self.anchors.position[e.consumer]):
             if edge.operand in self.analysis.ops[edge.consumer].added:
                 self._place_bias(edge)
-        slices = {
-            fqn: self.analysis.dims[node][0]
-            for fqn, node in self.trace.params.items()
-            if self.sharded & set(atoms_of(self.analysis.dims[node][0]))
-        }
-        slices |= {alias: slices[fqn] for alias, fqn in self.trace.aliases.items() if fqn in slices}
+        slices = sharded_parameters(self.analysis, self.choice)
         names = {node: fqn for fqn, node in self.trace.params.items()}
         sync = {names[node]: self.analysis.dims[node][0] for node in self.comm.sync}
         return self._finish(slices, sync)

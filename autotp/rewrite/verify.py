@@ -8,30 +8,51 @@ have the planned local shapes, and all scalars are the planned ones. So a droppe
 wrong offset, a size that happens to fit, are all refused.
 
 Ops that only reshape are not matched one by one: row-major data seen in the shape that the next op wants is one
-value, however many views lie between (`repeat_kv` returns early where the local group is 1).
+value, however many views lie between (`repeat_kv` returns early where the local group is 1). The insides of
+swapped leaf modules are told by `leaves`.
+
+Everything is held against the planner's `Choice`, never against the `Program` that was made of it: so a fault
+of the compiler is found as well as one of the code that applies its edits.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..axes.analysis import Analysis
-from ..axes.term import Dim, atoms_of, size_of
+from ..axes.term import atoms_of, size_of
 from ..errors import VerifyError
 from ..plan.planner import Choice
 from ..plan.reductions import Edge
+from ..runtime.gradients import gradient_syncs
+from ..runtime.lookup import local_row
 from ..trace.graph import ModuleCall, Trace
 from .anchors import Anchors
-from .bind import Rank, describe
-from .program import Leaf, Program, planned_steps
-from .steps import Step
+from .apply import gradient_sum
+from .bind import Rank, describe, group_name
+from .leaves import Differs, LeafInside
+from .program import Program, planned_steps, sharded_parameters
+from .steps import Mask, Step
+from .values import (
+    Shape,
+    Steps,
+    Value,
+    is_lookup,
+    is_random,
+    item_of,
+    op_name,
+    plain,
+    shape_of,
+    show_steps,
+    step_of,
+    tensor_args,
+)
 from .wanted import local_args
 
 #: Ops that leave row-major data as it is, whatever their arguments.
@@ -41,18 +62,6 @@ _RESHAPES = frozenset(
 )
 #: Ops that do so where the shape (and dtype) of their result is that of their operand.
 _MAYBE = frozenset("expand expand_as to _to_copy type_as slice repeat".split())
-
-Described = tuple[object, ...]
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """What a local value is: a slice of the reference value ``root`` (output number ``output``), after ``steps``."""
-
-    root: object
-    output: int
-    steps: tuple[Described, ...]
 
 
 class Verifier:
@@ -75,10 +84,34 @@ class Verifier:
         Raises:
             VerifyError: naming the first op of the local graph that does not do what was planned.
         """
-        _Comparison(self, local, rank).run()
+        self._check_edits(local, rank)
+        Comparison(self, local, rank).run()
+
+    def _check_edits(self, local: Trace, rank: Rank) -> None:
+        """What no graph shows: which rows a parameter keeps, and whose gradients are summed."""
+        wanted = sharded_parameters(self.analysis, self.choice)
+        for fqn in {**wanted, **self.program.slices}:
+            if self.program.slices.get(fqn) != wanted.get(fqn):
+                raise VerifyError(f"{fqn}: is sliced otherwise than planned")
+        if not self.gradients:
+            return
+        names = {node: fqn for fqn, node in self.trace.params.items()}
+        planned = {}
+        for node in self.choice.communication.sync:
+            parts, part = gradient_sum(names[node], self.analysis.dims[node][0], rank)
+            planned[names[node]] = (group_name(rank.prefix, parts), part)
+        aliases = self.trace.aliases
+        found = {aliases.get(fqn, fqn): how for fqn, how in gradient_syncs(local.module).items()}
+        if found != planned:
+            fqn = min(name for name in {**found, **planned} if found.get(name) != planned.get(name))
+            raise VerifyError(
+                f"{fqn}: its gradient is summed over {found.get(fqn)}, planned was {planned.get(fqn)}"
+            )
 
 
-class _Comparison:
+class Comparison:
+    """One rank's trace against the reference."""
+
     def __init__(self, verifier: Verifier, local: Trace, rank: Rank) -> None:
         self.v = verifier
         self.reference = verifier.trace
@@ -89,6 +122,7 @@ class _Comparison:
         self.roots: dict[fx.Node, tuple[object, int]] = {}
         self.by_key: dict[object, list[fx.Node]] = defaultdict(list)
         self.serial: dict[object, int] = defaultdict(int)
+        self.param_names = {node: self.reference.aliases.get(fqn, fqn) for fqn, node in local.params.items()}
         self._number_reference()
 
     # ---- the reference ---------------------------------------------------------------------------
@@ -109,7 +143,7 @@ class _Comparison:
                 self.roots[node] = self.roots[source]
                 continue
             if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-                self.roots[node] = (self.roots[node.args[0]][0], _index(node))
+                self.roots[node] = (self.roots[node.args[0]][0], item_of(node))
                 continue
             self.roots[node] = (node, 0)
             if not self._in_leaf(node):
@@ -133,7 +167,7 @@ class _Comparison:
             for d, dim in enumerate(dims[0])
         )
 
-    def _operand_shape(self, edge: Edge) -> Shape:
+    def operand_shape(self, edge: Edge) -> Shape:
         return self.rank.shape(self.analysis.ops[edge.consumer].operands[edge.operand].dims)
 
     @staticmethod
@@ -164,67 +198,72 @@ class _Comparison:
     # ---- the local graph -------------------------------------------------------------------------
 
     def run(self) -> None:
-        values: dict[fx.Node, _Value] = {}
+        values: dict[fx.Node, Value] = {}
         nodes = list(self.local.graph.nodes)
-        # Swapped leaf modules are opaque: their results stand for the results of the same call in the reference.
-        opaque: dict[fx.Node, tuple[ModuleCall, ModuleCall]] = {}
-        inside: set[int] = set()
-        reference_calls = {(c.fqn, c.index): c for c in self.reference.calls}
-        for call in self.local.calls:
-            if call.fqn in self.v.leaves:
-                twin = reference_calls.get((call.fqn, call.index))
-                if twin is None:
-                    raise VerifyError(
-                        f"{call.fqn}: runs more often on rank {self.rank.rank} than in the whole model"
-                    )
-                inside |= set(range(call.first, call.last))
-                for port in call.outputs:
-                    opaque[port.node] = (call, twin)
+        leaf_at = {call.first: call for call in self.local.calls if call.fqn in self.v.leaves}
         for fqn, node in self.local.params.items():
             self._check_param(fqn, node)
-            values[node] = _Value(("param", self.reference.aliases.get(fqn, fqn)), 0, ())
+            values[node] = Value(("param", self.reference.aliases.get(fqn, fqn)), 0, ())
         if len(self.local.inputs) != len(self.reference.inputs):
             raise VerifyError("the rewritten model takes other inputs")
         for i, port in enumerate(self.local.inputs):
-            values[port.node] = _Value(("input", i), 0, ())
-        shapes = {n: _shape(n) for n in nodes}
+            values[port.node] = Value(("input", i), 0, ())
+        shapes = {n: shape_of(n) for n in nodes}
+        done = 0
         for position, node in enumerate(nodes):
-            if node in opaque:
-                call, twin = opaque[node]
-                values[node] = self._leaf_output(call, twin, node, nodes, values)
-            elif position in inside:
+            if position < done:
                 continue
+            call = leaf_at.get(position)
+            if call is not None:
+                values.update(self._inside_leaf(call, nodes[call.first : call.last], values))
+                done = call.last
             elif node.op == "get_attr":
-                values[node] = _Value(_constant_key(self.local.graph, node, self.local.constants), 0, ())
+                values[node] = Value(_constant_key(self.local.graph, node, self.local.constants), 0, ())
             elif node.op == "call_function":
                 values[node] = self._value_of(node, values, shapes)
         self._check_outputs(values)
 
+    def _inside_leaf(
+        self, call: ModuleCall, inside: Sequence[fx.Node], values: Mapping[fx.Node, Value]
+    ) -> Mapping[fx.Node, Value]:
+        twin = next((c for c in self.reference.calls if (c.fqn, c.index) == (call.fqn, call.index)), None)
+        if twin is None:
+            raise VerifyError(f"{call.fqn}: runs more often on rank {self.rank.rank} than in the whole model")
+        try:
+            return LeafInside(self, call, twin).values(inside, values)
+        except Differs as difference:
+            raise VerifyError(
+                f"rank {self.rank.rank}: {call.fqn or 'the root module'}: {difference}", call.fqn
+            ) from difference
+
+    def passed_on(self, node: fx.Node, value: Value) -> Value:
+        """The value after a step, or in another shape."""
+        step = step_of(node)
+        if step is None or (step[0] == "enter" and not self.v.gradients):
+            return value
+        return Value(value.root, value.output, (*value.steps, step))
+
     def _value_of(
-        self, node: fx.Node, values: dict[fx.Node, _Value], shapes: dict[fx.Node, Shape | None]
-    ) -> _Value:
+        self, node: fx.Node, values: dict[fx.Node, Value], shapes: dict[fx.Node, Shape | None]
+    ) -> Value:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        step = _step_of(node)
-        if step is not None:
+        if step_of(node) is not None:
             assert source is not None
-            value = values[source]
-            if step[0] == "enter" and not self.v.gradients:
-                return value
-            return _Value(value.root, value.output, (*value.steps, step))
+            return self.passed_on(node, values[source])
         if node.target is operator.getitem and source is not None:
             value = values[source]
-            return _Value(value.root, _index(node), value.steps)
+            return Value(value.root, item_of(node), value.steps)
         same = self._collapsed(node, shapes.__getitem__)
         if same is not None:
             return values[same]
         return self._match(node, values)
 
-    def _match(self, node: fx.Node, values: dict[fx.Node, _Value]) -> _Value:
+    def _match(self, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
         roots = {n: (v.root, v.output) for n, v in values.items() if n in node.all_input_nodes}
         missing = [n for n in node.all_input_nodes if n not in roots]
         if missing:
             raise self._error(node, f"reads {missing[0].name}, which stands for no value of the whole model")
-        target = torch.ops.aten.embedding.default if _is_lookup(node) else node.target
+        target = torch.ops.aten.embedding.default if is_lookup(node) else node.target
         key = (target, tuple(_operand_roots(node, roots)))
         twins = self.by_key.get(key, [])
         if not twins:
@@ -234,69 +273,69 @@ class _Comparison:
         reasons: list[str] = []
         # Equal ops run in the same order; only random ones (whose draws differ) have to.
         start = self.serial[key]
-        for twin in [*twins[start:], *([] if _is_random(node) else twins[:start])]:
+        for twin in [*twins[start:], *([] if is_random(node) else twins[:start])]:
             reason = self._differs(node, twin, values)
             if reason is None:
                 self.serial[key] += 1
-                return _Value(twin, 0, ())
+                return Value(twin, 0, ())
             reasons.append(reason)
         raise self._error(node, reasons[0])
 
-    def _differs(self, node: fx.Node, twin: fx.Node, values: dict[fx.Node, _Value]) -> str | None:
+    def _differs(self, node: fx.Node, twin: fx.Node, values: dict[fx.Node, Value]) -> str | None:
         """Why ``node`` is not what was planned for the reference op ``twin``; None where it is."""
         info = self.analysis.ops.get(twin)
-        local_operands = dict(_tensor_args(node))
+        local_operands = dict(tensor_args(node))
         for i, operand in enumerate(info.operands if info is not None else ()):
             edge = Edge(operand.node, twin, i)
             mine = local_operands.get(operand.path)
             if mine is None:
                 return "takes other arguments"
             planned = self.planned.on_edge(edge)
-            if values[mine].steps != planned:
-                return f"gets {operand.node.name} after {_show(values[mine].steps)}, planned was {_show(planned)}"
-            want, have = self._operand_shape(edge), _shape(mine)
+            steps = values[mine].steps
+            if steps != planned:
+                return (
+                    f"gets {operand.node.name} after {show_steps(steps)}, planned was {show_steps(planned)}"
+                )
+            want, have = self.operand_shape(edge), shape_of(mine)
             if have is not None and operand.output == 0 and want != have:
                 return f"gets {operand.node.name} with shape {have}, planned was {want}"
         want_shape = self._local_shape(twin)
-        have_shape = _shape(node)
+        have_shape = shape_of(node)
         if (
             isinstance(node.meta.get("val"), torch.Tensor)
             and want_shape is not None
             and want_shape != have_shape
         ):
             return f"makes shape {have_shape}, planned was {want_shape}"
-        contracted = info is not None and any(
-            a.id in self.rank.partition.ranges for dim in info.contracted for a in atoms_of(dim)
-        )
-        if _is_lookup(node) or (contracted and twin.target is torch.ops.aten.embedding.default):
-            return self._lookup_differs(node, twin, contracted)
+        if twin.target is torch.ops.aten.embedding.default:
+            return self.rows_differ(node, twin)
         args, kwargs = local_args(self.analysis, twin, self.rank)
-        want_args, have_args = _plain((args, kwargs)), _plain((node.args, node.kwargs))
+        want_args, have_args = plain((args, kwargs)), plain((node.args, node.kwargs))
         if want_args != have_args and not self._same_effect(node, twin, want_args, have_args):
             return f"has arguments {have_args}, planned was {want_args}"
         return None
 
-    def _lookup_differs(self, node: fx.Node, twin: fx.Node, contracted: bool) -> str | None:
+    def rows_differ(self, node: fx.Node, twin: fx.Node) -> str | None:
         """A lookup in some rows of the vocabulary has to know which rows they are."""
-        weight = twin.args[0]
-        assert isinstance(weight, fx.Node)
-        return self._rows_differ(node, self.analysis.dims[weight][0][0], contracted)
-
-    def _rows_differ(self, node: fx.Node, vocabulary: Dim, contracted: bool) -> str | None:
-        if not contracted:
-            return "looks only some rows up" if _is_lookup(node) else None
-        if not _is_lookup(node):
+        weight, padding = twin.args[0], twin.args[2] if len(twin.args) > 2 else -1
+        assert isinstance(weight, fx.Node) and isinstance(padding, int)
+        vocabulary = self.analysis.dims[weight][0][0]
+        if not any(a.id in self.rank.partition.ranges for a in atoms_of(vocabulary)):
+            if is_lookup(node):
+                return "looks only some rows up"
+            have_padding = node.args[2] if len(node.args) > 2 else -1
+            return None if have_padding == padding else f"has padding {have_padding}, planned was {padding}"
+        if not is_lookup(node):
             return "looks rows up by ids of the whole vocabulary"
         starts, lengths = self.rank.take(vocabulary)
-        want = (tuple(starts), tuple(lengths), size_of(vocabulary))
-        have = (tuple(node.args[2]), tuple(node.args[3]), node.args[4])  # type: ignore[arg-type]
+        local = local_row(padding, list(zip(starts, lengths, strict=True))) if padding >= 0 else None
+        want = (tuple(starts), tuple(lengths), size_of(vocabulary), -1 if local is None else local)
+        have = plain(node.args[2:])
         return None if want == have else f"looks up rows {have}, planned was {want}"
 
     def _same_effect(self, node: fx.Node, twin: fx.Node, want: Any, have: Any) -> bool:
         """Arguments that differ in writing only: -1 for a size, a slice's end beyond the last element."""
-        name = (
-            node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
-        )
+        name = op_name(node)
         if name in (
             "expand",
             "new_zeros",
@@ -315,108 +354,39 @@ class _Comparison:
         if name == "slice":
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            shape = _shape(source)
+            shape = shape_of(source)
             return shape is not None and _slice_of(want, shape) == _slice_of(have, shape)
         return False
 
     # ---- leaves, parameters, outputs -------------------------------------------------------------
-
-    def _leaf_output(
-        self,
-        call: ModuleCall,
-        twin: ModuleCall,
-        node: fx.Node,
-        nodes: Sequence[fx.Node],
-        values: dict[fx.Node, _Value],
-    ) -> _Value:
-        leaf = self.v.leaves[call.fqn]
-        theirs = {port.path: port.node for port in twin.inputs}
-        before = tuple(dict.fromkeys(describe(step, self.rank) for step in leaf.before))
-        for port in call.inputs:
-            reference = theirs.get(port.path)
-            if reference is None or port.node not in values:
-                raise self._error(node, f"{call.fqn} gets another argument {port.path}")
-            value = values[port.node]
-            if (value.root, value.output) != self.roots[reference]:
-                raise self._error(node, f"{call.fqn} gets another value as {port.path}")
-            planned = self.planned.into_leaf(reference, twin, before if port.path in leaf.ports else ())
-            if planned is not None and value.steps not in planned:
-                raise self._error(
-                    node,
-                    f"{call.fqn} gets {reference.name} after {_show(value.steps)}, planned was {_show(planned[0])}",
-                )
-        self._check_inside(leaf, node, nodes[call.first : call.last])
-        path = next(port.path for port in call.outputs if port.node is node)
-        reference = next((port.node for port in twin.outputs if port.path == path), None)
-        if reference is None:
-            raise self._error(node, f"{call.fqn} returns another structure")
-        root, output = self.roots[reference]
-        return _Value(root, output, self.planned.of(reference))
-
-    def _check_inside(self, leaf: Leaf, node: fx.Node, inside: Sequence[fx.Node]) -> None:
-        """A swapped leaf is opaque but for this: its steps, its lookup's rows, and which weight it multiplies by."""
-        found = [_dimless(s) for n in inside if (s := _step_of(n)) is not None]
-        if not self.v.gradients:
-            found = [s for s in found if s[0] != "enter"]
-        expected = [_dimless(describe(s, self.rank)) for s in (*leaf.before, *leaf.after)]
-        if leaf.kind == "attention":  # what it returns of its weights takes a step more
-            reduces = sum(s[0] == "all_reduce" for s in expected)
-            ok = [s for s in found if s[0] == "enter"] == [s for s in expected if s[0] == "enter"]
-            ok = ok and sum(s[0] == "all_reduce" for s in found) >= reduces
-            ok = ok and (("mask", self.rank.rank == 0) in found) == (leaf.bias == "masked")
-        else:
-            if leaf.bias == "masked":
-                expected.append(("mask", self.rank.rank == 0))
-            more, missing = Counter(found) - Counter(expected), Counter(expected) - Counter(found)
-            ok = not more and all(s[0] == "enter" and leaf.share is not None for s in missing)
-        if not ok:
-            raise self._error(
-                node, f"{leaf.fqn} does {_show(tuple(found))}, planned was {_show(tuple(expected))}"
-            )
-        own_weight = f"{leaf.fqn}.weight".lstrip(".")
-        for n in inside:
-            name = (
-                n.target._schema.name.split("::")[-1] if isinstance(n.target, torch._ops.OpOverload) else ""
-            )
-            if name in ("linear", "embedding", "lookup") and leaf.kind in ("linear", "embedding"):
-                weight = n.args[0] if name in ("embedding", "lookup") else n.args[1]
-                fqn = self.reference.aliases.get(own_weight, own_weight)
-                if self.local.params.get(fqn) is not weight:
-                    raise self._error(node, f"{leaf.fqn} multiplies by another weight than its own")
-            if leaf.kind == "embedding" and name in ("embedding", "lookup"):
-                dims = self.analysis.param_dims(own_weight)
-                contracted = any(a.id in self.rank.partition.ranges for a in atoms_of(dims[0]))
-                reason = self._rows_differ(n, dims[0], contracted)
-                if reason is not None:
-                    raise self._error(node, f"{leaf.fqn} {reason}")
 
     def _check_param(self, fqn: str, node: fx.Node) -> None:
         reference = self.reference.params.get(self.reference.aliases.get(fqn, fqn))
         if reference is None:
             raise VerifyError(f"{fqn}: a parameter that the whole model does not have")
         whole = fqn in self.reference.is_buffer
-        want = _shape(reference) if whole else self.rank.shape(self.analysis.dims[reference][0])
-        if want != _shape(node):
+        want = shape_of(reference) if whole else self.rank.shape(self.analysis.dims[reference][0])
+        if want != shape_of(node):
             raise VerifyError(
-                f"{fqn}: has local shape {_shape(node)}, planned was {want} on rank {self.rank.rank}"
+                f"{fqn}: has local shape {shape_of(node)}, planned was {want} on rank {self.rank.rank}"
             )
 
-    def _check_outputs(self, values: dict[fx.Node, _Value]) -> None:
+    def _check_outputs(self, values: dict[fx.Node, Value]) -> None:
         if len(self.local.outputs) != len(self.reference.outputs):
             raise VerifyError("the rewritten model returns another number of tensors")
         for mine, theirs in zip(self.local.outputs, self.reference.outputs, strict=True):
             value = values[mine.node]
             if mine.path != theirs.path or (value.root, value.output) != self.roots[theirs.node]:
                 raise VerifyError(f"output {mine.path} is another value than in the whole model")
-            if _shape(mine.node) != _shape(theirs.node):
+            if shape_of(mine.node) != shape_of(theirs.node):
                 raise VerifyError(
-                    f"output {mine.path} has shape {_shape(mine.node)} on rank {self.rank.rank}, "
-                    f"whole it is {_shape(theirs.node)}"
+                    f"output {mine.path} has shape {shape_of(mine.node)} on rank {self.rank.rank}, "
+                    f"whole it is {shape_of(theirs.node)}"
                 )
             planned = self.planned.at_output(theirs.node)
             if value.steps != planned:
                 raise VerifyError(
-                    f"output {mine.path} went through {_show(value.steps)}, planned was {_show(planned)}"
+                    f"output {mine.path} went through {show_steps(value.steps)}, planned was {show_steps(planned)}"
                 )
 
     def _error(self, node: fx.Node, text: str) -> VerifyError:
@@ -433,20 +403,20 @@ class _PlannedSteps:
         self.after, self.before, self.output = planned_steps(verifier.analysis, verifier.choice)
         self.rank = rank
         self.v = verifier
-        self._cache: dict[fx.Node, tuple[Described, ...]] = {}
+        self._cache: dict[fx.Node, Steps] = {}
 
-    def _described(self, steps: Sequence[Step]) -> tuple[Described, ...]:
+    def _described(self, steps: Sequence[Step]) -> Steps:
         return tuple(describe(step, self.rank) for step in steps)
 
-    def of(self, node: fx.Node) -> tuple[Described, ...]:
+    def of(self, node: fx.Node) -> Steps:
         """Steps since the op that made the data of ``node``, through the chain of reshapes up to and after ``node``."""
         if node not in self._cache:
             source = None
             if node.op == "call_function":
-                source = _Comparison._collapsed(node, self._shape)
+                source = Comparison._collapsed(node, self._shape)
                 if source is None and node.target is operator.getitem:
                     source = node.args[0] if isinstance(node.args[0], fx.Node) else None
-            inherited: tuple[tuple[object, ...], ...] = ()
+            inherited: Steps = ()
             if source is not None:
                 inherited = self.of(source)
                 edge = next((e for e in self.before if e.consumer is node and e.producer is source), None)
@@ -459,65 +429,22 @@ class _PlannedSteps:
         dims = self.v.analysis.dims.get(node)
         return self.rank.shape(dims[0]) if dims else None
 
-    def on_edge(self, edge: Edge) -> tuple[Described, ...]:
-        return self.of(edge.producer) + self._described(self.before.get(edge, ()))
+    def on_edge(self, edge: Edge) -> Steps:
+        own = self.before.get(edge, ())
+        if edge in self.v.choice.communication.masked and Mask() not in own:  # a bias, say
+            own = (*own, Mask())
+        return self.of(edge.producer) + self._described(own)
 
-    def into_leaf(
-        self, node: fx.Node, call: ModuleCall, before: tuple[Described, ...]
-    ) -> list[tuple[Described, ...]] | None:
-        """What a leaf's argument may have gone through: the planned steps less those that the leaf takes itself."""
-        options: list[tuple[Described, ...]] = []
-        for edge, steps in self.before.items():
-            if edge.producer is node and self._inside(edge.consumer, call):
-                full = self.of(node) + self._described(steps)
-                if before and full[len(full) - len(before) :] == before:
-                    full = full[: len(full) - len(before)]
-                options.append(full)
-        full = self.of(node)
-        if before and full[len(full) - len(before) :] == before:  # all of its uses are in this leaf
-            full = full[: len(full) - len(before)]
-        return options or [full]
+    def after_node(self, node: fx.Node) -> Steps:
+        return self._described(self.after.get(node, ()))
 
-    def _inside(self, node: fx.Node, call: ModuleCall) -> bool:
-        return call.first <= self.v.anchors.position[node] < call.last
-
-    def at_output(self, node: fx.Node) -> tuple[Described, ...]:
+    def at_output(self, node: fx.Node) -> Steps:
         return self.of(node) + self._described(self.output.get(node, ()))
 
 
-def _shape(node: fx.Node) -> Shape | None:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _tensor_args(node: fx.Node) -> Iterator[tuple[tuple[str | int, ...], fx.Node]]:
-    def walk(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], fx.Node]]:
-        if isinstance(value, fx.Node):
-            yield path, value
-        elif isinstance(value, (list, tuple)):
-            for i, v in enumerate(value):
-                yield from walk(v, (*path, i))
-
-    for i, value in enumerate(node.args):
-        yield from walk(value, ("args", i))
-    for key, value in node.kwargs.items():
-        yield from walk(value, ("kwargs", key))
-
-
 def _operand_roots(node: fx.Node, roots: dict[fx.Node, tuple[object, int]]) -> Iterator[object]:
-    for path, operand in _tensor_args(node):
+    for path, operand in tensor_args(node):
         yield path, roots[operand]
-
-
-def _plain(value: Any) -> Any:
-    """Arguments with every tensor replaced by a mark, lists as tuples."""
-    if isinstance(value, fx.Node):
-        return "tensor"
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _slice_of(args: Any, shape: Shape) -> tuple[int, int, int, int]:
@@ -525,40 +452,6 @@ def _slice_of(args: Any, shape: Shape) -> tuple[int, int, int, int]:
     dim = int(positional[1] or 0) % len(shape)
     start, stop, step = slice(positional[2], positional[3], positional[4] or 1).indices(shape[dim])
     return dim, start, stop, step
-
-
-def _step_of(node: fx.Node) -> Described | None:
-    if (
-        not isinstance(node.target, torch._ops.OpOverload)
-        or node.target.namespace != "autotp"
-        or _is_lookup(node)
-    ):
-        return None
-    name = node.target._schema.name.split("::")[-1]
-    rest = tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[1:])
-    return (name, *rest)
-
-
-def _dimless(step: Described) -> Described:
-    """A step without its dim, which leaf modules count from the end."""
-    return (step[0], *step[2:]) if step[0] in ("gather", "take") else step
-
-
-def _index(getitem: fx.Node) -> int:
-    index = getitem.args[1]
-    assert isinstance(index, int)
-    return index
-
-
-def _is_lookup(node: fx.Node) -> bool:
-    return str(node.target).startswith("autotp.lookup")
-
-
-def _is_random(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
 
 
 def _constant_key(graph: fx.Graph, node: fx.Node, constants: Any) -> object:
@@ -571,9 +464,3 @@ def _constant_key(graph: fx.Graph, node: fx.Node, constants: Any) -> object:
         except (RuntimeError, NotImplementedError):
             pass
     return ("constant", str(node.target))
-
-
-def _show(steps: tuple[Described, ...]) -> str:
-    return (
-        " → ".join(str(step[0]) if len(step) < 3 else f"{step[0]}{step[1:]}" for step in steps) or "no step"
-    )

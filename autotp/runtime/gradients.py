@@ -87,6 +87,15 @@ def stop_gradient_sync(module: nn.Module, name: str) -> None:
         sums.pop(name).remove()
 
 
+def gradient_syncs(model: nn.Module) -> dict[str, tuple[str, Part | None]]:
+    """The parameters whose gradients are summed, with group and part."""
+    found = {}
+    for fqn, module in model.named_modules():
+        for name, sync in module.__dict__.get(_ATTRIBUTE, {}).items():
+            found[f"{fqn}.{name}" if fqn else name] = (sync.group, sync.part)
+    return found
+
+
 def refresh_gradient_syncs(model: nn.Module) -> int:
     """Move each sum to the parameter that is there now; the number of those that had lost theirs.
 
