@@ -26,11 +26,15 @@ class PlanError(AutoTPError):
 
 
 class RewriteError(AutoTPError):
-    """The planned sharding cannot be expressed in the model's code; ``module`` (its fqn) is where, if that is known."""
+    """The planned sharding cannot be expressed in the model's code.
 
-    def __init__(self, text: str, module: str | None = None) -> None:
+    ``module`` (its fqn) is where, and ``keys`` which axes stand in the way, as far as that is known.
+    """
+
+    def __init__(self, text: str, module: str | None = None, keys: frozenset[str] = frozenset()) -> None:
         super().__init__(text)
         self.module = module
+        self.keys = keys
 
 
 class VerifyError(RewriteError):

@@ -139,16 +139,23 @@ def _rewrite(
 
 
 def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:
-    """The sharded axes that the ops of the module in the error's way touch."""
+    """The sharded axes in the error's way: those that it names, else those that ops of its module touch, else of the
+    modules inside that one."""
+    if error.keys:
+        return [c for c in choice.candidates if c.key in error.keys]
     if error.module is None:
         return []
-    atoms: set[Atom] = set()
+    own: set[Atom] = set()
+    inner: set[Atom] = set()
     for node, info in analysis.ops.items():
         module = node.meta.get("module", "")
-        if module == error.module or (error.module and module.startswith(error.module + ".")):
+        found = own if module == error.module else inner if module.startswith(f"{error.module}.") else None
+        if found is not None:
             for dims in (*info.out, *(operand.dims for operand in info.operands)):
-                atoms |= set(atoms_of(dims))
-    return [c for c in choice.candidates if atoms & set(c.atoms)]
+                found |= set(atoms_of(dims))
+    return [c for c in choice.candidates if own & set(c.atoms)] or [
+        c for c in choice.candidates if inner & set(c.atoms)
+    ]
 
 
 def _refuse_replicated(analysis: Analysis, choice: Choice, tp: int) -> None:

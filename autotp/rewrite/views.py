@@ -80,13 +80,30 @@ def another_view(
         found.append(Candidate(tuple(a for a in atoms if a is not None), candidate.ranges, candidate.key))
     anchors = Anchors(analysis.trace)
     places = _only_where(anchors, main.program)
+    flow = Flow(analysis, places)
     try:
-        communication = Flow(analysis, places).communicate(tuple(found), gradients=gradients)
+        communication = flow.communicate(tuple(found), gradients=gradients)
     except PlanError as error:
-        raise RewriteError(f"in scenario {name!r}: {error}") from error
+        raise RewriteError(
+            f"in scenario {name!r}: {error}", keys=_infeasible(flow, found, gradients)
+        ) from error
     choice = replace(main.choice, candidates=tuple(found), communication=communication)
     view = View(analysis, choice, anchors, compile_program(analysis, choice, anchors), retrace, gradients)
     return view, {b: a for a, b in twin.items()}
+
+
+def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> frozenset[str]:
+    """The axes that cannot be sharded in this scenario even alone."""
+    by_key: dict[str, list[Candidate]] = {}
+    for candidate in found:
+        by_key.setdefault(candidate.key, []).append(candidate)
+    bad = set()
+    for key, members in by_key.items():
+        try:
+            flow.communicate(tuple(members), gradients=gradients)
+        except PlanError:
+            bad.add(key)
+    return frozenset(bad)
 
 
 def _only_where(anchors: Anchors, program: Program) -> Places:
