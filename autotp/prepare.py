@@ -99,9 +99,10 @@ def prepare(
                 excluded[candidate.key] = str(error)
     else:
         raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
-    notes = [*traces[0].notes, *(f"{key} stays whole: {why}" for key, why in excluded.items())]
+    gathers = _gathers(analysis, choice)
     if strict:
-        _refuse_replicated(analysis, choice, tp)
+        _refuse_replicated(analysis, choice, gathers, tp)
+    notes = [*traces[0].notes, *(f"{key} stays whole: {why}" for key, why in excluded.items()), *gathers]
     plan = build_plan(
         model,
         tp,
@@ -158,8 +159,17 @@ def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[C
     ]
 
 
-def _refuse_replicated(analysis: Analysis, choice: Choice, tp: int) -> None:
-    """With ``strict``: every weight matrix has to be sharded."""
+def _gathers(analysis: Analysis, choice: Choice) -> list[str]:
+    """Ops that what is sharded had to be gathered for, because autotp does not know them or cannot split them."""
+    gathered = {c.consumer for c in choice.communication.conversions if c.kind == "gather"}
+    return [f"gathered for {n}" for n in analysis.notes if n.node in gathered]
+
+
+def _refuse_replicated(analysis: Analysis, choice: Choice, gathers: Sequence[str], tp: int) -> None:
+    """With ``strict``: every weight matrix has to be sharded, and no op may force a gather."""
+    hint = "Leave strict out, or choose another degree."
+    if gathers:
+        raise PlanError(f"strict: at tp={tp}, {'; '.join(gathers)}. {hint}")
     sharded = {a for c in choice.candidates for a in c.atoms}
     for fqn, node in analysis.trace.params.items():
         dims = analysis.dims[node][0]
@@ -168,7 +178,7 @@ def _refuse_replicated(analysis: Analysis, choice: Choice, tp: int) -> None:
             raise PlanError(
                 f"strict: {fqn} ({', '.join(show(d) for d in dims)}) stays whole at tp={tp}. "
                 + (f"Ops that need an axis whole: {'; '.join(reasons)}. " if reasons else "")
-                + "Leave strict out, or choose another degree."
+                + hint
             )
 
 

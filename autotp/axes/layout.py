@@ -144,6 +144,39 @@ def owners(dims: Sequence[Dim], partition: Partition) -> tuple[tuple[int, ...], 
     return tuple(tuple(group) for group in groups.values())
 
 
+def common_parts(
+    dims: Sequence[Dim], partition: Partition, rank: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, tuple[int, ...], tuple[int, ...]] | None]:
+    """(groups, part): the groups of ranks that sum the gradient of a parameter with these dims, and which part of it.
+
+    The part is ``(dim, starts, lengths)`` of runs of the rank's slice, None where all of it is summed: ranks that
+    hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own first
+    rows, all ranks sum the rows that they have in common; of ``(K·G | K | K)·D``, the ranks that share a kv head.
+
+    Raises:
+        ValueError: some elements are common to other ranks than others are.
+    """
+    held = [d for d, dim in enumerate(dims) if any(a.id in partition.ranges for a in atoms_of(dim))]
+    if not held:
+        return (tuple(range(partition.size)),), None
+    if len(held) != 1:
+        return owners(dims, partition), None
+    mine = [indices_of(runs(dims[held[0]], partition, r)) for r in range(partition.size)]
+    holds = np.stack([np.isin(np.arange(size_of(dims[held[0]])), own) for own in mine], axis=1)
+    sets = {tuple(int(r) for r in np.flatnonzero(row)) for row in np.unique(holds, axis=0)}
+    shared = [ranks for ranks in sets if len(ranks) > 1]
+    alone = set(range(partition.size)) - {r for ranks in shared for r in ranks}
+    groups = tuple(sorted((*shared, *((r,) for r in alone))))
+    if sorted(r for ranks in groups for r in ranks) != list(range(partition.size)):
+        raise ValueError(f"ranks have parts of it in common in more than one way ({sorted(sets)})")
+    own_group = next(ranks for ranks in groups if rank in ranks)
+    local = np.flatnonzero(holds[mine[rank]][:, list(own_group)].all(axis=1))
+    if len(local) == len(mine[rank]):
+        return groups, None
+    pieces = np.split(local, np.flatnonzero(np.diff(local) != 1) + 1)
+    return groups, (held[0], tuple(int(p[0]) for p in pieces), tuple(len(p) for p in pieces))
+
+
 def merge(parts: Sequence[torch.Tensor], dims: Sequence[Dim], partition: Partition) -> torch.Tensor:
     """The whole tensor from the slices of all ranks, in order: the inverse of `slice_tensor`.
 

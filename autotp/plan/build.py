@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from ..axes.analysis import Analysis
-from ..axes.layout import Partition, local_shape
+from ..axes.layout import Partition, common_parts, local_shape
 from ..axes.term import Atom, Dim, show
 from ..trace.fold import Folds
 from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
@@ -233,13 +233,16 @@ class _Builder:
         return [(name, Collective(phase, kind, "", op, nbytes(node), 0)) for name in where]
 
     def common_bytes(self, node: fx.Node) -> int:
-        """Of a parameter's gradient, what is summed: the part that several ranks hold."""
+        """Of a parameter's gradient, what a rank sums: the part that others hold too."""
         dims = self.analysis.dims[node][0]
-        common = 1 - sharded_share(dims, self.sharded)
-        if common > 0:
-            return round(nbytes(node) * common)
-        held = [math.prod(local_shape(dims, self.partition, rank)) for rank in range(self.tp)]
-        return max(held) * int(node.meta["val"].element_size())
+        most = 0
+        for rank in range(self.tp):
+            _, part = common_parts(dims, self.partition, rank)
+            shape = list(local_shape(dims, self.partition, rank))
+            if part is not None:
+                shape[part[0]] = sum(part[2])
+            most = max(most, math.prod(shape))
+        return most * int(node.meta["val"].element_size())
 
 
 def op_name(node: fx.Node) -> str:

@@ -469,9 +469,9 @@ class Flow:
         return enter, frozenset(sync), cost
 
     def _sync_cost(self, param: fx.Node, sharded: frozenset[Atom]) -> int:
-        """Of a gradient only the part that ranks hold in common is summed, once a step."""
+        """Of a gradient only the part that ranks hold in common is summed, once a step for any number of tokens."""
         common = 1 - sharded_share(self.analysis.dims[param][0], sharded)
-        return FINE * (int(2 * nbytes(param) * common) // TOKENS + START_BYTES)
+        return FINE * (int(2 * nbytes(param) * common) + START_BYTES) // TOKENS
 
 
 def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Atom, Atom]) -> bool:

@@ -8,17 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..axes.layout import indices_of, runs
-from ..axes.term import Dim, size_of
+from ..axes.layout import runs
+from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
 from ..runtime.edges import SharedEnter
-from ..runtime.gradients import Part, sync_gradient
+from ..runtime.gradients import sync_gradient
 from ..runtime.rng import DrawGate
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
@@ -65,7 +64,7 @@ def apply(
     applied = _patch(model, program, constants, rank, shared)
     for fqn, dims in program.sync.items():
         module, name = owner(model, fqn)
-        parts, part = gradient_sum(fqn, dims, rank)
+        parts, part = rank.gradient_sum(fqn, dims)
         sync_gradient(module, name, group_name(rank.prefix, parts), part)
     disable_fast_paths(model)
     return applied
@@ -117,35 +116,6 @@ def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
         parts = [out.narrow(d, start, length) for start, length in own]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, d)
     return out.clone(memory_format=torch.contiguous_format)
-
-
-def gradient_sum(
-    fqn: str, dims: Sequence[Dim], rank: Rank
-) -> tuple[tuple[tuple[int, ...], ...], Part | None]:
-    """(parts, part): the groups of ranks that sum the gradient of a parameter with these dims, and which runs of it.
-
-    Ranks that hold the same slice sum all of it. Of a fused weight, ``(H | 1 | 1)·D``, of which each rank has its own
-    first rows, all ranks sum the rows that they have in common; of ``(K·G | K | K)·D``, the ranks that share a kv head.
-    """
-    held = [d for d, dim in enumerate(dims) if rank.sharded([dim])]
-    if not held:
-        return (tuple(range(rank.tp)),), None
-    if len(held) != 1:
-        return rank.parts(rank.sharded(dims)), None
-    mine = [indices_of(runs(dims[held[0]], rank.partition, r)) for r in range(rank.tp)]
-    owners = np.stack([np.isin(np.arange(size_of(dims[held[0]])), own) for own in mine], axis=1)
-    sets = {tuple(int(r) for r in np.flatnonzero(row)) for row in np.unique(owners, axis=0)}
-    shared = [ranks for ranks in sets if len(ranks) > 1]
-    alone = set(range(rank.tp)) - {r for ranks in shared for r in ranks}
-    common = tuple(sorted((*shared, *((r,) for r in alone))))
-    if sorted(r for ranks in common for r in ranks) != list(range(rank.tp)):
-        raise RewriteError(f"{fqn}: ranks have parts of it in common in more than one way ({sorted(sets)})")
-    own_group = next(ranks for ranks in common if rank.rank in ranks)
-    local = np.flatnonzero(owners[mine[rank.rank]][:, list(own_group)].all(axis=1))
-    if len(local) == len(mine[rank.rank]):
-        return common, None
-    pieces = np.split(local, np.flatnonzero(np.diff(local) != 1) + 1)
-    return common, (held[0], tuple(int(p[0]) for p in pieces), tuple(len(p) for p in pieces))
 
 
 # ---- hooks, attributes, patches ------------------------------------------------------------------

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..axes.layout import Partition, local_size, runs
+from ..axes.layout import Partition, common_parts, local_size, runs
 from ..axes.term import Atom, Dim, atoms_of, size_of
+from ..errors import RewriteError
 from ..runtime import ops
+from ..runtime.gradients import Part
 from .steps import AllReduce, Enter, Mask, Step, Take
 
 Bound = Callable[[Tensor], Tensor]
@@ -43,6 +45,13 @@ class Rank:
         for r in range(self.tp):
             by_range.setdefault(tuple(self.partition.ranges[a.id][r] for a in held), []).append(r)
         return tuple(tuple(ranks) for ranks in by_range.values())
+
+    def gradient_sum(self, fqn: str, dims: Sequence[Dim]) -> tuple[tuple[tuple[int, ...], ...], Part | None]:
+        """The groups of ranks that sum the gradient of parameter ``fqn``, and which part of it: `common_parts`."""
+        try:
+            return common_parts(dims, self.partition, self.rank)
+        except ValueError as error:
+            raise RewriteError(f"{fqn}: {error}") from error
 
     def group(self, common: Iterable[Atom]) -> str:
         """The registered name of the group in which this rank sums values that hold the ``common`` axes."""

@@ -16,7 +16,7 @@ from ..axes.term import atoms_of as term_atoms
 from ..errors import AutoTPError, RewriteError, VerifyError
 from ..runtime.group import pretend_group
 from ..trace.provenance import AttrPath, Const, Dim, Expr, Op, evaluate, expression
-from .apply import AttrKey, LocalConstants, apply, attribute_of, gradient_sum
+from .apply import AttrKey, LocalConstants, apply, attribute_of
 from .bind import Rank, group_name
 from .constants import Equation, solve
 from .patch import Patch, SizeAt
@@ -232,6 +232,6 @@ def groups_of(program: Program, rank: Rank) -> Mapping[str, tuple[tuple[int, ...
     for common in commons:
         found[rank.group(common)] = rank.parts(common)
     for fqn, dims in program.sync.items():
-        parts, _ = gradient_sum(fqn, dims, rank)
+        parts, _ = rank.gradient_sum(fqn, dims)
         found[group_name(rank.prefix, parts)] = parts
     return found

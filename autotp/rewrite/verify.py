@@ -34,7 +34,6 @@ from ..runtime.gradients import gradient_syncs
 from ..runtime.lookup import local_row
 from ..trace.graph import ModuleCall, Trace
 from .anchors import Anchors
-from .apply import gradient_sum
 from .bind import Rank, describe, group_name
 from .leaves import Differs, LeafInside
 from .program import Program, planned_steps, sharded_parameters
@@ -98,7 +97,7 @@ class Verifier:
         names = {node: fqn for fqn, node in self.trace.params.items()}
         planned = {}
         for node in self.choice.communication.sync:
-            parts, part = gradient_sum(names[node], self.analysis.dims[node][0], rank)
+            parts, part = rank.gradient_sum(names[node], self.analysis.dims[node][0])
             planned[names[node]] = (group_name(rank.prefix, parts), part)
         aliases = self.trace.aliases
         found = {aliases.get(fqn, fqn): how for fqn, how in gradient_syncs(local.module).items()}

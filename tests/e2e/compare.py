@@ -45,12 +45,17 @@ class Problems:
     def close(self, what: str, mine: Tensor, theirs: Tensor) -> None:
         """Equal up to rounding, on the scale of the tensor's largest element."""
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-            self.found.append(f"{what}: {mine.dtype} {list(mine.shape)}, not {theirs.dtype} {list(theirs.shape)}")
+            self.found.append(
+                f"{what}: {mine.dtype} {list(mine.shape)}, not {theirs.dtype} {list(theirs.shape)}"
+            )
         elif not theirs.is_floating_point():
             self.check(torch.equal(mine, theirs), f"{what} differs")
         elif theirs.numel():
             error, scale = float((mine - theirs).abs().max()), float(theirs.abs().max())
-            self.check(error <= ATOL + RTOL * scale, f"{what}: off by {error:.2e}, its largest element is {scale:.2e}")
+            self.check(
+                error <= ATOL + RTOL * scale,
+                f"{what}: off by {error:.2e}, its largest element is {scale:.2e}",
+            )
 
     def check(self, good: bool, problem: str) -> None:
         if not good:
@@ -87,7 +92,9 @@ def compare(name: str, variant: dict[str, object], guessed: bool = False) -> Rep
     return Report(tuple(problems.found), sharding.plan, placements)
 
 
-def _compare_parameters(problems: Problems, model: nn.Module, reference: nn.Module, sharding: Sharding) -> None:
+def _compare_parameters(
+    problems: Problems, model: nn.Module, reference: nn.Module, sharding: Sharding
+) -> None:
     """Names, slices and planned shapes."""
     mine, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
     problems.equal("parameters", list(mine), list(theirs))
@@ -96,7 +103,9 @@ def _compare_parameters(problems: Problems, model: nn.Module, reference: nn.Modu
     rank = sharding.rank.rank
     for name, parameter in mine.items():
         problems.equal(f"local shape of {name}", tuple(parameter.shape), shapes[name][rank])
-        problems.check(torch.equal(parameter, _slice(theirs[name], name, sharding)), f"{name} is not its slice")
+        problems.check(
+            torch.equal(parameter, _slice(theirs[name], name, sharding)), f"{name} is not its slice"
+        )
         problems.check(parameter.is_contiguous(), f"{name} is not contiguous")
 
 
@@ -110,17 +119,17 @@ def compare_passes(
 ) -> None:
     """Outputs, the gradients of all parameters and of the inputs."""
     before = len(problems.found)
-    mine_in, their_in = _trainable(inputs), _trainable(inputs)
-    mine, theirs = _tensors(call(model, mine_in)), _tensors(call(reference, their_in))
+    mine_in, their_in = trainable(inputs), trainable(inputs)
+    mine, theirs = tensors_of(call(model, mine_in)), tensors_of(call(reference, their_in))
     problems.equal("number of outputs", len(mine), len(theirs))
     for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         problems.close(f"output {i}", a, b)
         problems.equal(f"output {i} needs a gradient", a.requires_grad, b.requires_grad)
     reference.zero_grad()
     model.zero_grad()
-    _loss(theirs).backward()
-    _loss(mine).backward()
-    for i, (a, b) in enumerate(zip(_tensors(mine_in), _tensors(their_in), strict=True)):
+    loss_of(theirs).backward()
+    loss_of(mine).backward()
+    for i, (a, b) in enumerate(zip(tensors_of(mine_in), tensors_of(their_in), strict=True)):
         if b.grad is not None:
             assert a.grad is not None
             problems.close(f"gradient of input {i}", a.grad, b.grad)
@@ -147,7 +156,8 @@ def _compare_ranks(problems: Problems, values: dict[str, Tensor], sharding: Shar
         groups = ((*range(sharding.rank.tp),),) if dims is None else owners(dims, sharding.rank.partition)
         for group in groups:
             problems.check(
-                len({everyone[rank].get(name) for rank in group}) == 1, f"{name} differs on ranks {group}, who all have it"
+                len({everyone[rank].get(name) for rank in group}) == 1,
+                f"{name} differs on ranks {group}, who all have it",
             )
 
 
@@ -158,35 +168,38 @@ def _compare_collectives(problems: Problems, log: CollectiveLog, plan: Plan, ran
             planned = [c for c in plan.collectives if c.kind == kind and c.phase in phases]
             what = f"{direction} {kind}"
             problems.equal(what, log.count(kind, direction), sum(c.count for c in planned))
-            problems.equal(f"bytes of {what}", log.bytes(kind, direction), sum(c.bytes * c.count for c in planned))
+            problems.equal(
+                f"bytes of {what}", log.bytes(kind, direction), sum(c.bytes * c.count for c in planned)
+            )
 
 
 def _compare_state(problems: Problems, model: nn.Module, reference: nn.Module) -> None:
     mine, theirs = autotp.full_state_dict(model), reference.state_dict()
     problems.equal("names in the state dict", list(mine), list(theirs))
     for name, tensor in theirs.items():
-        problems.check(name in mine and torch.equal(mine[name], tensor), f"{name} is not the same in the state dict")
+        problems.check(
+            name in mine and torch.equal(mine[name], tensor), f"{name} is not the same in the state dict"
+        )
 
 
 def _compare_generated(problems: Problems, case: ModelCase, model: Any, reference: Any) -> None:
     """Greedy tokens, with the KV cache that the model makes by itself, and the logits behind them."""
     inputs = case.inputs(2, OTHER_BATCH, OTHER_SEQ)
     assert isinstance(inputs, dict)
-    options = dict(
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    options = {
+        "min_new_tokens": NEW_TOKENS,
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "use_cache": True,
+    }
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     mine, theirs = (m.generate(inputs["input_ids"], **options) for m in (model, reference))
     problems.check(torch.equal(mine.sequences, theirs.sequences), "generates other tokens")
     for i, (a, b) in enumerate(zip(mine.logits, theirs.logits, strict=True)):
         problems.close(f"logits of new token {i}", a, b)
 
 
-def _trainable(inputs: Inputs) -> Inputs:
+def trainable(inputs: Inputs) -> Inputs:
     """The same inputs, float ones with a gradient."""
 
     def fresh(value: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ def _trainable(inputs: Inputs) -> Inputs:
     return tuple(map(fresh, inputs))
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     """The tensors of an output; a KV cache holds each rank's own heads and is left out."""
     return list(_walk(value))
 
@@ -213,11 +226,13 @@ def _walk(value: Any) -> Iterator[Tensor]:
             yield from _walk(item)
 
 
-def _loss(outputs: list[Tensor]) -> Tensor:
+def loss_of(outputs: list[Tensor]) -> Tensor:
     """A number in which every output counts, each element with a weight of its own."""
     total = torch.zeros((), dtype=torch.float64)
     for i, output in enumerate(outputs):
         if output.is_floating_point() and output.requires_grad:
-            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(i), dtype=output.dtype)
+            weights = torch.randn(
+                output.shape, generator=torch.Generator().manual_seed(i), dtype=output.dtype
+            )
             total = total + (output * weights).sum()
     return total
