@@ -281,7 +281,12 @@ class _Compiler:
         if self._within_attention(node):
             steps = [step for step in steps if not isinstance(step, Gather)]
         if leaf is not None:
-            self.draft.leaf_after[leaf].setdefault(self._call_index(leaf, node), []).extend(steps)
+            enters = next((i for i, step in enumerate(steps) if isinstance(step, Enter)), len(steps))
+            index = self._call_index(leaf, node)
+            if steps[:enters]:
+                self.draft.leaf_after[leaf].setdefault(index, []).extend(steps[:enters])
+            if steps[enters:]:  # what a leaf class does not do itself follows it
+                self.draft.hooks[Boundary(leaf, "out", ())].setdefault(index, []).extend(steps[enters:])
             return
         users = [edge.consumer for edge in self.uses[node]]
         if node.op == "placeholder":

@@ -41,6 +41,7 @@ class Report:
 @dataclass
 class Problems:
     found: list[str] = field(default_factory=list)
+    rtol: float = RTOL
 
     def close(self, what: str, mine: Tensor, theirs: Tensor) -> None:
         """Equal up to rounding, on the scale of the tensor's largest element."""
@@ -53,7 +54,7 @@ class Problems:
         elif theirs.numel():
             error, scale = float((mine - theirs).abs().max()), float(theirs.abs().max())
             self.check(
-                error <= ATOL + RTOL * scale,
+                error <= ATOL + self.rtol * scale,
                 f"{what}: off by {error:.2e}, its largest element is {scale:.2e}",
             )
 
@@ -65,7 +66,7 @@ class Problems:
         self.check(mine == planned, f"{what}: {mine}, planned {planned}")
 
 
-def compare(name: str, variant: dict[str, object], guessed: bool = False) -> Report:
+def compare(name: str, variant: dict[str, object], guessed: bool = False, rtol: float = RTOL) -> Report:
     """Shard a model of the table and hold everything that it does against the unsharded one.
 
     Args:
@@ -78,7 +79,7 @@ def compare(name: str, variant: dict[str, object], guessed: bool = False) -> Rep
     assert sharded is model
     sharding = sharding_of(model)
     assert sharding is not None
-    problems = Problems()
+    problems = Problems(rtol=rtol)
     _compare_parameters(problems, model, reference, sharding)
     with record_collectives() as log:
         compare_passes(problems, "inputs as traced", model, reference, traced, sharding)

@@ -274,7 +274,7 @@ def mismatched(how: str) -> tuple[str, str]:
     elif odd and how == "frozen":
         model.linear1.weight.requires_grad_(False)
     elif odd and how == "overrides":
-        plan = {"linear1": "replicate", "linear2": "replicate"}
+        plan = {"modules": {"linear1": "replicate", "linear2": "replicate"}}
     elif odd and how == "branch":
         model = Branching()
     elif odd and how == "raises":

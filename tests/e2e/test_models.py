@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from tests.dist.pool import Pool
-from tests.e2e.compare import Report, compare
+from tests.e2e.compare import RTOL, Report, compare
 from tests.models import MODELS, variants
 
 LLAMA = """
@@ -167,8 +167,13 @@ MEAN_OF_HEADS = (
     "bytes of forward all_gather: 0, planned 4800",
 )
 
+# Qwen3's norm of its keys works in float32 (eps 1.2e-7) whatever the model's dtype, and ranks that share a kv head
+# sum its gradient in another order.
+FLOAT32_NORM = 1e-6
+
 
 @pytest.mark.parametrize(("name", "variant", "tp"), OTHERS)
 def test_variants(dist: Pool, name: str, variant: dict[str, object], tp: int) -> None:
     known = MEAN_OF_HEADS if "need_weights" in variant else ()
-    check(name, dist.run(tp, compare, name, variant), known)
+    rtol = FLOAT32_NORM if name == "qwen3" else RTOL
+    check(name, dist.run(tp, compare, name, variant, False, rtol), known)

@@ -389,7 +389,7 @@ class Ranks:
 
     def sync(self, node: fx.Node) -> int:
         common = 1 - share(self.analysis.dims[node][0], self.sharded)
-        return FINE * (int(2 * numel(node) * common) // TOKENS + START_BYTES)
+        return FINE * (int(2 * numel(node) * common) + START_BYTES) // TOKENS
 
     def gather_cost(self) -> int:
         return sum(FINE * (numel(node) + START_BYTES) for node, _ in self.gathers)
