@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import AutoTPError, PlanError
+from .errors import AutoTPError, PlanError, RankMismatchError
 from .plan.plan import Plan
 from .prepare import Prepared, prepare
 from .rewrite.apply import apply
 from .rewrite.state import Sharding, gather_state_dict, remember, sharding_of
-from .runtime.mesh import connect, default_mesh, same_on_all_ranks
+from .runtime.mesh import Verdict, agree, connect, default_mesh
 
 ExampleInputs = Sequence[Any] | Mapping[str, Any]
 PlanLike = Plan | str | os.PathLike[str] | Mapping[str, Any]
@@ -85,10 +85,15 @@ def parallelize(
     prepared: Prepared | None = None
     failure: AutoTPError | None = None
     try:
-        prepared = prepare(model, tp, example_inputs=example_inputs, given=plan, strict=strict, verify=True)
+        prepared = prepare(
+            model, tp, example_inputs=example_inputs, given=plan, strict=strict, verify=True, mesh=mesh
+        )
+    except RankMismatchError:
+        raise
     except AutoTPError as error:
         failure = error
-    same_on_all_ranks(mesh, prepared.fingerprint if prepared is not None else None, failure)
+    fingerprint = None if prepared is None else prepared.fingerprint
+    agree(mesh, Verdict("end", fingerprint, None if failure is None else str(failure)))
     if failure is not None:
         raise failure
     assert prepared is not None

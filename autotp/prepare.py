@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .axes.analysis import Analysis, analyse
 from .axes.term import Atom, show
@@ -22,6 +23,7 @@ from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
+from .runtime.mesh import Verdict, agree
 from .trace.capture import trace
 from .trace.graph import Trace
 from .trace.scenario import Scenario, scenarios, trace_model
@@ -62,8 +64,11 @@ def prepare(
     given: Any = None,
     strict: bool = False,
     verify: bool = True,
+    mesh: DeviceMesh | None = None,
 ) -> Prepared:
     """Plan ``model`` over ``tp`` ranks, and prove that it can be rewritten so.
+
+    On a ``mesh`` each rank proves its own part only, and they agree on the outcome; without one, all are proven here.
 
     Raises:
         AutoTPError: with what, where and what to do.
@@ -88,15 +93,25 @@ def prepare(
             allow=lambda c: c.key not in excluded and allow(c),
             require=require,
         )
+        fingerprint = _fingerprint(model, analysis, choice, tp)
+        ranks = range(tp) if mesh is None else (mesh.get_local_rank(),)
+        rewriting: Rewriting | None = None
+        failure: RewriteError | None = None
         try:
-            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, verify)
-            break
+            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, ranks, verify)
         except RewriteError as error:
-            culprits = _culprits(analysis, choice, error)
-            if strict or not culprits:
-                raise
-            for candidate in culprits:
-                excluded[candidate.key] = str(error)
+            failure = error
+        diff = rewriting.diff if rewriting is not None else ""
+        if mesh is not None:
+            failure, diff = _agree(mesh, fingerprint, failure, diff)
+        if failure is None:
+            assert rewriting is not None
+            break
+        culprits = _culprits(analysis, choice, failure)
+        if strict or not culprits:
+            raise failure
+        for candidate in culprits:
+            excluded[candidate.key] = str(failure)
     else:
         raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
     gathers = _gathers(analysis, choice)
@@ -109,12 +124,25 @@ def prepare(
         analysis,
         choice,
         folds,
-        fingerprint=_fingerprint(model, analysis, choice, tp),
-        diff=rewriting.diff,
+        fingerprint=fingerprint,
+        diff=diff,
         notes=notes,
     )
     overrides.check(plan)
     return Prepared(plan, rewriting.unfolded(folds.originals), tp)
+
+
+def _agree(
+    mesh: DeviceMesh, fingerprint: str, failure: RewriteError | None, diff: str
+) -> tuple[RewriteError | None, str]:
+    """One rank's failure is everyone's: the first of them, and the patches of rank 0."""
+    error = None if failure is None else (str(failure), failure.module, tuple(sorted(failure.keys)))
+    verdicts = agree(mesh, Verdict("attempt", fingerprint, error=error, diff=diff))
+    failures = [verdict.error for verdict in verdicts if verdict.error is not None]
+    if failures and failures[0] != error:
+        text, module, keys = failures[0]
+        failure = RewriteError(text, module, frozenset(keys))
+    return failure, verdicts[0].diff
 
 
 def _rewrite(
@@ -123,6 +151,7 @@ def _rewrite(
     anchors: Anchors,
     scenarios: Mapping[str, Scenario],
     tp: int,
+    ranks: Sequence[int],
     verify: bool,
 ) -> Rewriting:
     base = analyses[0].trace.module
@@ -136,7 +165,7 @@ def _rewrite(
         another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode")
         for a in analyses[1:]
     ]
-    return rewrite_and_verify(lambda: skeleton(base), main, others, tp, verify=verify)
+    return rewrite_and_verify(lambda: skeleton(base), main, others, tp, ranks, verify=verify)
 
 
 def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:

@@ -16,16 +16,15 @@ from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
-from ..runtime.edges import SharedEnter
 from ..runtime.gradients import sync_gradient
 from ..runtime.rng import DrawGate
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
-from .bind import Bound, Rank, bind, group_name
+from .bind import Bound, Rank, group_name
 from .patch import Applied, Patch, WrapArg, apply_patches
 from .patch import Wrap as WrapEdit
 from .program import Program, Wrap
-from .steps import Enter, Step
+from .steps import Step
 from .swap import SharedEnters, swap_leaf
 
 AttrKey = tuple[str, AttrPath]
@@ -58,7 +57,7 @@ def apply(
             swap_leaf(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
         except RewriteError as error:
             raise RewriteError(str(error), leaf.fqn) from error
-    _add_hooks(model, program, rank)
+    _add_hooks(model, program, shared)
     for (fqn, path), value in constants.attrs.items():
         set_attribute(model.get_submodule(fqn), path, value)
     applied = _patch(model, program, constants, rank, shared)
@@ -121,13 +120,14 @@ def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
 # ---- hooks, attributes, patches ------------------------------------------------------------------
 
 
-def _add_hooks(model: nn.Module, program: Program, rank: Rank) -> None:
+def _add_hooks(model: nn.Module, program: Program, shared: SharedEnters) -> None:
     by_module: dict[str, dict[str, list[PortSteps]]] = defaultdict(lambda: {"in": [], "out": []})
-    bound: dict[tuple[Step, ...], tuple[Bound, ...]] = {}
+    bound: dict[tuple[tuple[Step, ...], int | None], tuple[Bound, ...]] = {}
     for boundary, steps in program.hooks.items():
-        if steps not in bound:
-            bound[steps] = tuple(bind(step, rank) for step in steps)
-        by_module[boundary.fqn][boundary.side].append(PortSteps(boundary.path, bound[steps]))
+        key = steps, program.hook_share.get(boundary)
+        if key not in bound:
+            bound[key] = tuple(shared.bind(step, key[1]) for step in steps)
+        by_module[boundary.fqn][boundary.side].append(PortSteps(boundary.path, bound[key]))
     for fqn, sides in by_module.items():
         add_hooks(model.get_submodule(fqn), sides["in"], sides["out"])
 
@@ -163,7 +163,7 @@ def _patch(
     for fqn, sizes in constants.patches.items():
         patches[fqn] += sizes
     for wrap in program.wraps:
-        fn = _chain(wrap, rank, shared)
+        fn = _chain(wrap, shared)
         edit = WrapEdit(fn) if wrap.operand is None else WrapArg(wrap.operand, fn)
         patches[wrap.module].append(Patch(wrap.frames, (edit,)))
     for draw in program.draws:
@@ -183,12 +183,9 @@ def _patch(
     return applied
 
 
-def _chain(wrap: Wrap, rank: Rank, shared: SharedEnters) -> Bound:
-    steps: list[Bound] = []
-    for step in wrap.steps:
-        how = shared.enter(step, wrap.share) if isinstance(step, Enter) else None
-        steps.append(how if isinstance(how, SharedEnter) else bind(step, rank))
-    return steps[0] if len(steps) == 1 else Chain(tuple(steps))
+def _chain(wrap: Wrap, shared: SharedEnters) -> Bound:
+    steps = tuple(shared.bind(step, wrap.share) for step in wrap.steps)
+    return steps[0] if len(steps) == 1 else Chain(steps)
 
 
 @dataclass(frozen=True, slots=True)

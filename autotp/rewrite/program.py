@@ -63,7 +63,8 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All edits but the local constants. ``hooks``: each boundary's steps; ``sync``: the axes a parameter holds."""
+    """All edits but the local constants. ``hooks``: each boundary's steps; ``sync``: the axes a parameter holds;
+    ``hook_share``: the share numbers of hooks that enter a value which others enter too, see `Leaf`."""
 
     slices: Mapping[str, tuple[Dim, ...]]
     leaves: tuple[Leaf, ...]
@@ -71,15 +72,17 @@ class Program:
     wraps: tuple[Wrap, ...]
     sync: Mapping[str, tuple[Dim, ...]]
     draws: tuple[Draw, ...] = ()
+    hook_share: Mapping[Boundary, int] = field(default_factory=dict)
 
     @property
-    def takers(self) -> tuple[Leaf | Wrap, ...]:
-        """What may take a shared gradient sum: what has a ``share``."""
-        return (*self.leaves, *self.wraps)
+    def shares(self) -> tuple[int, ...]:
+        """The share numbers, as often as something takes that shared gradient sum."""
+        takers: tuple[Leaf | Wrap, ...] = (*self.leaves, *self.wraps)
+        return (*(t.share for t in takers if t.share is not None), *self.hook_share.values())
 
     def unfolded(self, originals: Callable[[str], Sequence[str]]) -> Program:
         """The same edits for every module that a folded skeleton's module stands for."""
-        most = max((t.share for t in self.takers if t.share is not None), default=0) + 1
+        most = max(self.shares, default=0) + 1
 
         def share(number: int | None, copy: int) -> int | None:
             return None if number is None else number + copy * most
@@ -99,6 +102,11 @@ class Program:
             ),
             {name: dims for fqn, dims in self.sync.items() for name in originals(fqn)},
             tuple(replace(draw, module=name) for draw in self.draws for name in originals(draw.module)),
+            {
+                replace(b, fqn=name): number + i * most
+                for b, number in self.hook_share.items()
+                for i, name in enumerate(originals(b.fqn))
+            },
         )
 
 
@@ -115,6 +123,7 @@ class _Draft:
     wraps: dict[tuple[str, tuple[Site, ...], Path | None], dict[int, list[Step]]] = field(
         default_factory=lambda: defaultdict(dict)
     )
+    hook_share: dict[Boundary, int] = field(default_factory=dict)
     wrap_share: dict[tuple[str, tuple[Site, ...], Path | None], int] = field(default_factory=dict)
 
 
@@ -341,6 +350,14 @@ class _Compiler:
                 self._enter_leaf(leaf, node, edge.consumer, steps)
                 if share is not None:
                     self.draft.share[leaf] = share
+                continue
+            alone = [e.consumer for e in self.uses[node] if e.consumer is not edge.consumer]
+            boundaries = self.anchors.boundaries_before(node, [edge.consumer], alone)
+            if len(boundaries) == 1 and self.anchors.site_of(edge.consumer) is None:
+                index = self._call_index(boundaries[0].fqn, edge.consumer)
+                self.draft.hooks[boundaries[0]].setdefault(index, []).extend(steps)
+                if share is not None:
+                    self.draft.hook_share[boundaries[0]] = share
             else:
                 self._wrap(
                     edge.consumer, self.analysis.ops[edge.consumer].operands[edge.operand].path, steps, share
@@ -424,7 +441,13 @@ class _Compiler:
         )
         leaves += [Leaf(fqn, "embedding") for fqn in sorted(self.anchors.inner) if f"{fqn}.weight" in slices]
         return Program(
-            slices, tuple(leaves), {b: s for b, s in hooks.items() if s}, wraps, sync, self._draws()
+            slices,
+            tuple(leaves),
+            {b: s for b, s in hooks.items() if s},
+            wraps,
+            sync,
+            self._draws(),
+            self.draft.hook_share,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -17,21 +17,23 @@ from ..runtime.edges import SharedEnter
 from ..runtime.edges import Take as EdgeTake
 from ..runtime.embedding import EmbeddingOptions, ShardedEmbedding
 from ..runtime.linear import LinearOptions, ShardedLinear, ShardedTransposedLinear
-from .bind import Rank
+from .bind import Bound, Rank, bind
 from .program import Leaf, Program
-from .steps import AllReduce, Enter, Gather, Take
+from .steps import AllReduce, Enter, Gather, Step, Take
 
 
 class SharedEnters:
     """One `SharedEnter` for all takers of one share number."""
 
     def __init__(self, program: Program, rank: Rank) -> None:
-        self.consumers: dict[int, int] = defaultdict(int)
-        for taker in program.takers:
-            if taker.share is not None:
-                self.consumers[taker.share] += 1
+        self.consumers = Counter(program.shares)
         self.rank = rank
         self.made: dict[int, SharedEnter] = {}
+
+    def bind(self, step: Step, share: int | None) -> Bound:
+        """A step of a hook or a wrap, as what it calls."""
+        how = self.enter(step, share) if isinstance(step, Enter) else None
+        return how if isinstance(how, SharedEnter) else bind(step, self.rank)
 
     def enter(self, step: Enter, share: int | None) -> str | SharedEnter:
         group = self.rank.group(step.common)

@@ -30,22 +30,22 @@ from .wanted import Wanted, wanted_ints
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """A verified rewriting: its program, each rank's constants, and the patches as a diff of the user's source."""
+    """A verified rewriting: its program, the constants of each proven rank, and the patches as a diff of the source."""
 
     program: Program
     partition: Partition
-    constants: tuple[LocalConstants, ...]
+    constants: Mapping[int, LocalConstants]
     diff: str
 
     def unfolded(self, originals: Callable[[str], Sequence[str]]) -> Rewriting:
         """For the whole model, where this was proven on a folded one."""
-        constants = tuple(
-            LocalConstants(
+        constants = {
+            rank: LocalConstants(
                 {(name, path): v for (fqn, path), v in c.attrs.items() for name in originals(fqn)},
                 {name: found for fqn, found in c.patches.items() for name in originals(fqn)},
             )
-            for c in self.constants
-        )
+            for rank, c in self.constants.items()
+        }
         return replace(self, program=self.program.unfolded(originals), constants=constants)
 
 
@@ -156,10 +156,11 @@ def rewrite_and_verify(
     main: View,
     others: Sequence[tuple[View, Mapping[Atom, Atom]]],
     tp: int,
+    ranks: Sequence[int],
     prefix: str = "",
     verify: bool = True,
 ) -> Rewriting:
-    """Compile the choice to edits and prove them on skeletons, in every scenario, for each kind of rank.
+    """Compile the choice to edits and prove them on skeletons, in every scenario, for each kind of the ``ranks``.
 
     Raises:
         RewriteError: the code cannot be edited so; VerifyError: it can, but does not compute what was planned.
@@ -168,18 +169,18 @@ def rewrite_and_verify(
     views = [main, *(view for view, _ in others)]
     partition = main.rank(0, tp, prefix).partition
     if not verify:
-        return Rewriting(program, partition, (), "")
+        return Rewriting(program, partition, {}, "")
     verifiers = [Verifier(v.analysis, v.choice, v.program, v.anchors, v.gradients) for v in views]
-    constants: list[LocalConstants] = []
+    constants: dict[int, LocalConstants] = {}
     proven: dict[object, LocalConstants] = {}
     diff = ""
-    for r in range(tp):
+    for r in ranks:
         kind = tuple(stop - start for ranges in partition.ranges.values() for start, stop in [ranges[r]])
         if kind not in proven:
             proven[kind], patches = _prove(make_skeleton, program, views, verifiers, main.rank(r, tp, prefix))
             diff = diff or patches
-        constants.append(proven[kind])
-    return Rewriting(program, partition, tuple(constants), diff)
+        constants[r] = proven[kind]
+    return Rewriting(program, partition, constants, diff)
 
 
 def _prove(

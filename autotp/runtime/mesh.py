@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autotp.errors import AutoTPError, RankMismatchError
+from autotp.errors import RankMismatchError
 from autotp.runtime.group import register_group, register_subgroups
 
 _count = itertools.count()
@@ -62,24 +63,42 @@ def _in_world(mesh: DeviceMesh, parts: tuple[tuple[int, ...], ...]) -> list[list
     return [[ranks[i] for i in part] for ranks in sorted(meshes) for part in parts]
 
 
-def same_on_all_ranks(mesh: DeviceMesh, fingerprint: str | None, failure: AutoTPError | None) -> None:
-    """Compare the ranks' plans before anything is changed.
+@dataclass(frozen=True)
+class Verdict:
+    """What one rank tells the others before anything is changed.
+
+    Attributes:
+        stage: ``"attempt"`` of a rewriting, or ``"end"`` of planning.
+        fingerprint: of its model and plan, None where it has none.
+        failure: why it cannot plan at all.
+        error: (text, module, keys) of a `RewriteError`, after which all plan once more without what was in the way.
+        diff: of the source that its attempt patches.
+    """
+
+    stage: str
+    fingerprint: str | None
+    failure: str | None = None
+    error: tuple[str, str | None, tuple[str, ...]] | None = None
+    diff: str = ""
+
+
+def agree(mesh: DeviceMesh, mine: Verdict) -> list[Verdict]:
+    """Every rank's verdict, in the order of the ranks; all are at the same stage of the same plan.
 
     Raises:
         RankMismatchError: the ranks hold different models or plans, or another rank could not plan.
     """
-    mine = (fingerprint, None if failure is None else str(failure))
-    everyone: list[tuple[str | None, str | None]] = [(None, None)] * mesh.size()
+    everyone = [mine] * mesh.size()
     dist.all_gather_object(everyone, mine, group=mesh.get_group())
-    if failure is not None:
-        return  # raised by the caller, with its own traceback
-    failed = [(rank, text) for rank, (print_, text) in enumerate(everyone) if text is not None]
-    if failed:
-        rank, text = failed[0]
-        raise RankMismatchError(f"rank {rank} could not plan: {text}")
-    if len({print_ for print_, _ in everyone}) > 1:
-        listing = ", ".join(f"rank {rank}: {print_}" for rank, (print_, _) in enumerate(everyone))
+    if mine.failure is not None:
+        return everyone  # raised by the caller, with its own traceback
+    for rank, verdict in enumerate(everyone):
+        if verdict.failure is not None:
+            raise RankMismatchError(f"rank {rank} could not plan: {verdict.failure}")
+    if len({(verdict.stage, verdict.fingerprint) for verdict in everyone}) > 1:
+        listing = ", ".join(f"rank {rank}: {verdict.fingerprint}" for rank, verdict in enumerate(everyone))
         raise RankMismatchError(
             f"the ranks hold different models or plans ({listing}). "
             "Build the same model, with the same arguments, on each rank."
         )
+    return everyone
