@@ -1,0 +1,187 @@
+"""Shard every architecture of transformers, tiny and with random weights, and compare it with itself unsharded.
+
+    python -m benchmarks.zoo --task causal-lm --tp 2 --json zoo.json
+
+Each model ends in one class: ``exact`` (the numbers agree, and at least 90 % of the bytes of its weights of two and
+more dims are sharded), ``partial`` (they agree, fewer are), ``refused`` (an AutoTPError before weights), ``wrong``,
+``crash``; or ``unbuildable``, where the tiny model does not run unsharded. Exit code 1 if any is wrong or crashed.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import json
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict
+from fnmatch import fnmatch
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from .compare import Result, run
+from .configs import TASKS, architectures
+
+KINDS = ("exact", "partial", "refused", "wrong", "crash", "unbuildable")
+GENERATIVE = ("causal-lm", "seq2seq")
+
+
+def rank_main(
+    rank: int, tp: int, store: str, name: str, cls: Any, options: dict[str, Any], tokens: bool, out: Connection
+) -> None:
+    """One rank of one model, in a forked process."""
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, tp), rank=rank, world_size=tp)
+        result = run(name, cls, options, tokens)
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        result = Result(name, cls.__name__, "crash", f"{type(error).__name__}: {error} ({where})"[:500])
+        result.whole = {"traceback": traceback.format_exc()[-3000:]}
+    out.send(result)
+    out.close()
+    os._exit(0)
+
+
+class Job:
+    """The ranks of one model."""
+
+    def __init__(self, name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, limit: float) -> None:
+        self.name, self.cls = name, cls
+        self.started = time.monotonic()
+        self.limit = limit
+        self.folder = tempfile.mkdtemp(prefix="zoo-")
+        self.results: dict[int, Result] = {}
+        self.pipes: dict[Connection, int] = {}
+        self.processes = []
+        context = multiprocessing.get_context("fork")
+        for rank in range(tp):
+            mine, its = context.Pipe(duplex=False)
+            process = context.Process(
+                target=rank_main,
+                args=(rank, tp, f"{self.folder}/store", name, cls, options, tokens, its),
+                daemon=True,
+            )
+            process.start()
+            its.close()
+            self.pipes[mine] = rank
+            self.processes.append(process)
+
+    def receive(self, pipe: Connection) -> None:
+        rank = self.pipes.pop(pipe)
+        try:
+            self.results[rank] = pipe.recv()
+        except EOFError:
+            self.results[rank] = Result(self.name, self.cls.__name__, "crash", "the process died")
+
+    def done(self) -> bool:
+        failed = [r for r in self.results.values() if r.kind == "crash"]
+        return not self.pipes or bool(failed) or time.monotonic() - self.started > self.limit
+
+    def close(self) -> Result:
+        """The worst that a rank found."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        late = Result(self.name, self.cls.__name__, "crash", f"not done in {self.limit:.0f} s")
+        worst = max(self.results.values(), key=lambda r: badness(r.kind), default=late)
+        if self.pipes and worst.kind != "crash":
+            worst = late
+        worst.seconds = time.monotonic() - self.started
+        return worst
+
+
+def badness(kind: str) -> int:
+    return ("exact", "partial", "unbuildable", "refused", "wrong", "crash").index(kind)
+
+
+def sweep(
+    models: list[tuple[str, str, Any]], tp: int, options: dict[str, Any], jobs: int, limit: float, console: Console
+) -> list[tuple[str, Result]]:
+    waiting, running, found = list(models), [], []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            task, name, cls = waiting.pop(0)
+            running.append((task, Job(name, cls, tp, options, task in GENERATIVE, limit)))
+        pipes = {pipe: job for _, job in running for pipe in job.pipes}
+        for pipe in wait(list(pipes), timeout=1.0):
+            pipes[pipe].receive(pipe)  # type: ignore[index, arg-type]
+        for task, job in list(running):
+            if job.done():
+                running.remove((task, job))
+                result = job.close()
+                found.append((task, result))
+                console.print(
+                    f"{task} {result.name} [bold]{result.kind}[/] {result.share:.1%} {result.error:.0e} "
+                    f"{result.seconds:.0f} s {result.reason[:300] if result.kind != 'exact' else ''}",
+                    highlight=False, soft_wrap=True,
+                )  # fmt: skip
+    return found
+
+
+@click.command(help=__doc__)
+@click.option("--task", type=click.Choice([*TASKS, "all"]), default="causal-lm", show_default=True)
+@click.option("--tp", default=2, show_default=True)
+@click.option("--heads", type=int, help="Attention heads of each model.")
+@click.option("--kv-heads", type=int, help="Key and value heads of models that have fewer of them.")
+@click.option("--only", multiple=True, help="Glob pattern of model types; may be repeated.")
+@click.option("--jobs", default=1, show_default=True, help="Models at a time.")
+@click.option("--limit", default=240.0, show_default=True, help="Seconds for one model.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+def main(
+    task: str, tp: int, heads: int | None, kv_heads: int | None, only: tuple[str, ...], jobs: int, limit: float,
+    out: Path | None,
+) -> None:  # fmt: skip
+    transformers.logging.set_verbosity_error()
+    options: dict[str, Any] = {}
+    if heads is not None:
+        options["num_attention_heads"] = heads
+    if kv_heads is not None:
+        options["num_key_value_heads"] = kv_heads
+    tasks = list(TASKS) if task == "all" else [task]
+    models = [
+        (t, name, cls)
+        for t in tasks
+        for name, cls in architectures(t)
+        if not only or any(fnmatch(name, pattern) for pattern in only)
+    ]
+    found = sweep(models, tp, options, jobs, limit, Console(stderr=True))
+    console = Console()
+    table = Table("task", *KINDS, "exact of those that run")
+    for t in tasks:
+        count = Counter(result.kind for its, result in found if its == t)
+        ran = sum(count.values()) - count["unbuildable"]
+        table.add_row(t, *(str(count[kind]) for kind in KINDS), f"{count['exact'] / max(1, ran):.1%}")
+    console.print(table)
+    if out is not None:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        results = [{"task": t, **asdict(result)} for t, result in found]
+        out.write_text(json.dumps({"tp": tp, "versions": versions, "results": results}, indent=1))
+    sys.exit(any(result.kind in ("wrong", "crash") for _, result in found))
+
+
+if __name__ == "__main__":
+    main()

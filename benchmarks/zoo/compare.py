@@ -1,0 +1,201 @@
+"""One architecture on one rank: build, shard, and hold outputs, gradients and tokens against the unsharded model."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import autotp
+from autotp.axes.layout import slice_tensor
+from autotp.errors import AutoTPError
+from autotp.rewrite.state import sharding_of
+from autotp.trace.inputs import example_inputs
+
+from .configs import build
+
+#: Relative to the largest element. Many models compute norms or softmax in float32 (eps 1.2e-7) whatever their dtype.
+RTOL = 1e-5
+NEW_TOKENS = 8
+LEAST_SHARE = 0.9
+
+
+@dataclass
+class Result:
+    """What one rank found: ``kind`` is exact, partial, refused, wrong, crash or unbuildable."""
+
+    name: str
+    cls: str
+    kind: str = "crash"
+    reason: str = ""
+    share: float = 0.0
+    error: float = 0.0
+    seconds: float = 0.0
+    whole: dict[str, str] = field(default_factory=dict)  # weights that stayed replicated: name → why
+
+
+def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result:
+    result = Result(name, cls.__name__)
+    warnings.filterwarnings("ignore")
+    try:
+        reference = build(name, cls, dict(options))
+        _, inputs = example_inputs(reference)
+        inputs = drawn(inputs)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            reference(**inputs)
+    except Exception as error:
+        result.kind, result.reason = "unbuildable", _line(error)
+        return result
+    model = copy.deepcopy(reference)
+    try:
+        autotp.parallelize(model)
+    except AutoTPError as error:
+        result.kind, result.reason = "refused", f"{type(error).__name__}: {error}"
+        return result
+    sharding = sharding_of(model)
+    assert sharding is not None
+    result.share, result.whole = sharded_share(sharding.plan)
+    result.error, problem = difference(model, reference, inputs)
+    if not problem and tokens and reference.can_generate():  # type: ignore[operator]
+        problem = other_tokens(model, reference, inputs)
+    if problem:
+        result.kind, result.reason = "wrong", problem
+    elif result.share >= LEAST_SHARE:
+        result.kind = "exact"
+    else:
+        result.kind = "partial"
+        result.reason = "; ".join(f"{name}: {why}" for name, why in list(result.whole.items())[:3])
+        result.reason += "".join(f"; {note}" for note in sharding.plan.notes[:3])
+    return result
+
+
+def drawn(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Example inputs with random numbers in place of zeros."""
+    generator = torch.Generator().manual_seed(2)
+
+    def fresh(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        return value
+
+    return {key: fresh(value) for key, value in inputs.items()}
+
+
+def sharded_share(plan: autotp.Plan) -> tuple[float, dict[str, str]]:
+    """(share of the bytes of weights with two dims and more that no rank holds whole, those that all hold whole)."""
+    total = sharded = 0
+    whole: dict[str, tuple[int, str]] = {}
+    for entry in plan.entries:
+        if len(entry.global_shape) < 2:
+            continue
+        total += entry.global_bytes * entry.count
+        if max(entry.local_bytes) < entry.global_bytes:
+            sharded += entry.global_bytes * entry.count
+        else:
+            whole[entry.name] = (entry.global_bytes * entry.count, entry.note)
+    largest = sorted(whole.items(), key=lambda item: -item[1][0])
+    return sharded / max(1, total), {name: note for name, (_, note) in largest}
+
+
+def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, str]:
+    """(largest relative difference, what is wrong) of outputs, gradients of inputs and of all parameters."""
+    worst = 0.0
+    outputs, theirs = [], []
+    given: list[dict[str, Any]] = []
+    for m, found in ((model, outputs), (reference, theirs)):
+        given.append(
+            {
+                k: v.clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+                for k, v in inputs.items()
+            }
+        )
+        torch.manual_seed(3)
+        found += list(tensors(m(**given[-1])))
+    if len(outputs) != len(theirs):
+        return math.inf, f"{len(outputs)} outputs, not {len(theirs)}"
+    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(outputs, theirs, strict=True))]
+    for found in (outputs, theirs):
+        total = torch.zeros((), dtype=torch.float64)
+        for i, t in enumerate(found):
+            if t.requires_grad and t.is_floating_point():
+                weights = torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+                total = total + (t.double() * weights).sum()
+        if total.requires_grad:
+            total.backward()
+    pairs += [
+        (f"gradient of {k}", given[0][k].grad, v.grad)
+        for k, v in given[1].items()
+        if isinstance(v, Tensor) and v.grad is not None
+    ]
+    sharding = sharding_of(model)
+    assert sharding is not None
+
+    def local(name: str, whole: Tensor) -> Tensor:
+        dims = sharding.dims.get(name)
+        return whole if dims is None else slice_tensor(whole, dims, sharding.rank.partition, sharding.rank.rank)
+
+    grads = {k: p.grad for k, p in model.named_parameters()}
+    whole = {k: p.grad for k, p in reference.named_parameters()}
+    for name, grad in whole.items():
+        mine = grads[name]
+        if (mine is None) != (grad is None):
+            return math.inf, f"gradient of {name}: one has none"
+        if grad is not None and mine is not None:
+            pairs.append((f"gradient of {name}", mine, local(name, grad)))
+    for what, a, b in pairs:
+        if a is None or a.shape != b.shape:
+            return math.inf, f"{what}: {None if a is None else tuple(a.shape)}, not {tuple(b.shape)}"
+        if not b.is_floating_point():
+            if not torch.equal(a, b):
+                return math.inf, f"{what} differs"
+        elif b.numel():
+            a, b = a.detach().double(), b.detach().double()
+            finite = torch.isfinite(b)
+            if not torch.equal(finite, torch.isfinite(a)):
+                return math.inf, f"{what}: other elements are infinite or NaN"
+            if not finite.any():
+                continue
+            scale = float(b[finite].abs().max())
+            error = float((a[finite] - b[finite]).abs().max()) / max(scale, 1e-8)
+            worst = max(worst, error)
+            if not error <= RTOL:
+                return error, f"{what}: off by {error:.1e} of its largest element {scale:.1e}"
+    return worst, ""
+
+
+def other_tokens(model: Any, reference: Any, inputs: Mapping[str, Any]) -> str:
+    """Greedy tokens with the cache that the model makes by itself."""
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    inputs = {k: v for k, v in inputs.items() if k != "use_cache"}
+    try:
+        with torch.no_grad():
+            theirs = reference.generate(**inputs, **options)
+    except Exception:  # it cannot generate unsharded either
+        return ""
+    with torch.no_grad():
+        mine = model.generate(**inputs, **options)
+    return "" if torch.equal(mine, theirs) else "generates other tokens"
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an output, without caches."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if "cache" not in key and "past_key_values" not in key and "states" not in key:
+                yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

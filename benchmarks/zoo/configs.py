@@ -1,0 +1,156 @@
+"""Tiny models of every architecture: one table of sizes by the names that configs use, and special cases as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto as auto
+
+#: task → (mapping of model type to class name, the auto class's mapping)
+TASKS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("MODEL_FOR_CAUSAL_LM_MAPPING",),
+    "masked-lm": ("MODEL_FOR_MASKED_LM_MAPPING",),
+    "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",),
+    "image": (
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "MODEL_FOR_OBJECT_DETECTION_MAPPING",
+        "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING",
+        "MODEL_FOR_DEPTH_ESTIMATION_MAPPING",
+    ),
+    "audio": (
+        "MODEL_FOR_CTC_MAPPING",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    ),
+    "multimodal": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING"),
+}
+
+HEADS, KV_HEADS = 4, 2
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(
+        "hidden_size n_embd d_model embed_dim encoder_hidden_dim attention_hidden_size embedding_size word_embed_proj_dim"
+        " emb_dim".split(), 64,
+    ),
+    **dict.fromkeys(
+        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff d_inner dff n_inner inner_dim".split(), 96
+    ),
+    **dict.fromkeys(
+        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"
+        " num_encoder_attention_heads num_decoder_attention_heads".split(), HEADS,
+    ),
+    "num_key_value_heads": KV_HEADS,
+    **dict.fromkeys(
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers depth"
+        " num_decoder_layers".split(), 2,
+    ),
+    "vocab_size": 101, "head_dim": 16, "d_kv": 16, "d_head": 16, "rotary_dim": 8, "max_position_embeddings": 64,
+    "n_positions": 64, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40, "q_lora_rank": 24, "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_size": 32, "patch_size": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "type_vocab_size": 2,
+}  # fmt: skip
+
+#: Sizes that follow from another: where a config has the first name, the second is that (a head's rotary part).
+FOLLOWS = (("qk_rope_head_dim", "head_dim"),)
+
+#: What single architectures need besides: model type → config values (None: the size is left to the config).
+SPECIAL: dict[str, dict[str, Any]] = {
+    "dots1": {"num_key_value_heads": HEADS},
+    "hunyuan_v1_dense": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "hunyuan_v1_moe": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+    "reformer": {"is_decoder": True},
+    "xlstm": {"v_head_dim": None},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2, "state_size": 8, "chunk_size": 8},
+    "mamba": {"state_size": 8, "time_step_rank": 6},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
+    "xlnet": {"d_head": 16},
+    "ctrl": {"dff": 96},
+}
+
+MOST_PARAMETERS = 40_000_000
+
+
+def architectures(task: str) -> list[tuple[str, type]]:
+    """(model type, class), each class once."""
+    found: dict[str, type] = {}
+    for name in TASKS[task]:
+        for config_class, classes in getattr(auto, name).items():
+            for cls in classes if isinstance(classes, tuple) else (classes,):
+                if cls not in found.values():
+                    model_type = config_class.model_type
+                    found[model_type if model_type not in found else f"{model_type}:{cls.__name__}"] = cls
+    return sorted(found.items())
+
+
+def shrunk(config_class: type[PretrainedConfig], sizes: dict[str, Any]) -> PretrainedConfig:
+    """A config with every size that it has by a known name made small, its parts as well."""
+    default = config_class()
+    sizes = {k: v for k, v in sizes.items() if v is not None}
+    values: dict[str, Any] = {}
+    for name, value in sizes.items():
+        own = getattr(default, name, None)
+        if own is not None and isinstance(own, (int, float)) == isinstance(value, (int, float)):
+            values[name] = value
+    for name, follower in FOLLOWS:
+        if name in values and follower in values:
+            values[follower] = values[name]
+    for name, part in vars(default).items():
+        if isinstance(part, PretrainedConfig):
+            values[name] = shrunk(type(part), sizes).to_dict()
+    return _accepted(config_class, values)
+
+
+def _accepted(config_class: type[PretrainedConfig], values: dict[str, Any]) -> PretrainedConfig:
+    """Leaves out one value after the other where the config's own checks do not take them all."""
+    first: Exception | None = None
+    for without in (None, "head_dim", "num_key_value_heads", "num_hidden_layers"):
+        try:
+            return config_class(**{k: v for k, v in values.items() if k != without})
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def build(model_type: str, cls: Any, options: dict[str, Any]) -> torch.nn.Module:
+    """The model in float64 and eval mode, every parameter a function of the seed."""
+    model_type = model_type.split(":")[0]
+    sizes = {**SMALL, **SPECIAL.get(model_type, {}), **options}
+    config = shrunk(cls.config_class, sizes)
+    for name, value in SPECIAL.get(model_type, {}).items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    if hasattr(config, "is_decoder") and "CausalLM" in cls.__name__:
+        config.is_decoder = True
+    with torch.device("meta"):
+        count = sum(p.numel() for p in cls(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"{count / 1e6:.0f} million parameters are too many for this sweep")
+    torch.manual_seed(0)
+    model = cls(config).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype))
+    if hasattr(model, "set_experts_implementation"):
+        try:
+            model.set_experts_implementation("batched_mm")
+        except Exception:  # no experts in it
+            pass
+    return model
+
+
+__all__ = ["TASKS", "architectures", "build"]
