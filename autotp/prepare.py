@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,13 @@ from .plan.planner import Choice, choose
 from .rewrite.anchors import Anchors
 from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
+from .rewrite.steps import Enter
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
 from .runtime.mesh import Verdict, agree
 from .trace.capture import trace
 from .trace.graph import Trace
+from .trace.library import is_transformers
 from .trace.scenario import Scenario, scenarios, trace_model
 from .trace.skeleton import skeleton
 
@@ -165,6 +167,12 @@ def _rewrite(
         another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode")
         for a in analyses[1:]
     ]
+    enters = any(isinstance(step, Enter) for wrap in main.program.wraps for step in wrap.steps)
+    if enters and is_transformers(base):  # a patch that runs only where there is a mask would be missed without one
+        first = analyses[0].trace.scenario
+        scenarios = {**scenarios, "unmasked": replace(scenarios[first], name="unmasked")}
+        found = analyse(retrace("unmasked")(base))
+        others.append(another_view(main, found, retrace("unmasked"), gradients=True))
     return rewrite_and_verify(lambda: skeleton(base), main, others, tp, ranks, verify=verify)
 
 

@@ -148,9 +148,11 @@ class Anchors:
                 return 0
             if self.leaf_of(node) is not None and self.leaves_by(node) is None:
                 return None  # inside a leaf that is swapped as a whole
-            if self.leaves_by(node) is not None or self.inputs[node] or all(map(takes_patches, users[node])):
+            if self.leaves_by(node) is not None or self.inputs[node]:
                 return 0
-            return 1 if self.site_of(node) is not None else None
+            if all(self.leaf_of(user) is not None for user in users[node]):
+                return 0
+            return 1 if self.site_of(node) is not None or all(map(takes_patches, users[node])) else None
 
         def mask(edge: Edge) -> bool:
             return self.leaf_of(edge.consumer) is None and self.site_of(edge.consumer) is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from autotp.trace.constants import LARGEST, Constants
 from autotp.trace.diagnose import trace_error
 from autotp.trace.graph import Call, ModuleCall, Path, Port, Trace
 from autotp.trace.leaves import map_tensors, tensor_leaves
+from autotp.trace.library import unmasked
 from autotp.trace.makefx import current_tracer, fake_mode, make_graph, node_of
 from autotp.trace.provenance import Attr, ProvInt, Session, make, rewired
 from autotp.trace.recorder import RanModule, Recorder
@@ -55,7 +56,8 @@ def trace(
     """
     kwargs = dict(kwargs or {})
     work = _Work(module, tuple(args), kwargs, scenario, run)
-    with _mode(module, scenario == "train" if training is None else training):
+    branch = unmasked() if scenario == "unmasked" else nullcontext()
+    with _mode(module, scenario == "train" if training is None else training), branch:
         session = Session(watch)
         try:
             return work.attempt(session)

@@ -4,7 +4,8 @@ here; a model is known to be one of its by what it has."""
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,26 @@ def is_transformers(model: nn.Module) -> bool:
     """Whether `model` is a transformers model (the library is then loaded already)."""
     transformers = sys.modules.get("transformers.modeling_utils")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+@contextmanager
+def unmasked() -> Iterator[None]:
+    """Trace attention as it runs where no mask is needed: one sequence in each row, no padding.
+
+    Whether several sequences are packed in a row is read from position ids, which a trace cannot: it then gets a mask.
+    Without one, other code runs (attention that repeats kv heads by itself).
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    name = "find_packed_sequence_indices"
+    find = getattr(masking, name, None)
+    if find is None:
+        yield
+        return
+    setattr(masking, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking, name, find)
 
 
 def make_traceable(skeleton: nn.Module) -> None:

@@ -54,29 +54,33 @@ SMALL: dict[str, Any] = {
     "type_vocab_size": 2,
 }  # fmt: skip
 
-#: Sizes that follow from another: where a config has the first name, the second is that (a head's rotary part).
-FOLLOWS = (("qk_rope_head_dim", "head_dim"),)
+#: Sizes that follow from another: where a config has the first name, the second is the third, or a number: multi-latent
+#: attention has as many kv heads as heads, and rotates a part of its head.
+FOLLOWS: tuple[tuple[str, str, str | int], ...] = (
+    ("qk_rope_head_dim", "head_dim", "qk_rope_head_dim"),
+    ("kv_lora_rank", "num_key_value_heads", HEADS),
+)
 
 #: What single architectures need besides: model type → config values (None: the size is left to the config).
 SPECIAL: dict[str, dict[str, Any]] = {
-    "dots1": {"num_key_value_heads": HEADS},
+    "dots1": {"n_routed_experts": 4, "num_key_value_heads": HEADS},
     "hunyuan_v1_dense": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "hunyuan_v1_moe": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": KV_HEADS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48)},
     "xlstm": {"v_head_dim": None},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2, "state_size": 8, "chunk_size": 8},
     "mamba": {"state_size": 8, "time_step_rank": 6},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
-    "xlnet": {"d_head": 16},
+    "xlnet": {"max_position_embeddings": None},
     "ctrl": {"dff": 96},
 }
 
@@ -95,22 +99,27 @@ def architectures(task: str) -> list[tuple[str, type]]:
     return sorted(found.items())
 
 
-def shrunk(config_class: type[PretrainedConfig], sizes: dict[str, Any]) -> PretrainedConfig:
-    """A config with every size that it has by a known name made small, its parts as well."""
+def shrunk(
+    config_class: type[PretrainedConfig], sizes: dict[str, Any], special: dict[str, Any] | None = None
+) -> PretrainedConfig:
+    """A config with every size that it has by a known name made small, its parts as well; ``special`` at the top."""
     default = config_class()
-    sizes = {k: v for k, v in sizes.items() if v is not None}
     values: dict[str, Any] = {}
     for name, value in sizes.items():
-        own = getattr(default, name, None)
+        try:
+            own = getattr(default, name, None)
+        except AttributeError:  # differs by layer
+            own = value
         if own is not None and isinstance(own, (int, float)) == isinstance(value, (int, float)):
             values[name] = value
-    for name, follower in FOLLOWS:
+    for name, follower, value in FOLLOWS:
         if name in values and follower in values:
-            values[follower] = values[name]
+            values[follower] = values[value] if isinstance(value, str) else value
     for name, part in vars(default).items():
         if isinstance(part, PretrainedConfig):
             values[name] = shrunk(type(part), sizes).to_dict()
-    return _accepted(config_class, values)
+    values |= special or {}
+    return _accepted(config_class, {name: value for name, value in values.items() if value is not None})
 
 
 def _accepted(config_class: type[PretrainedConfig], values: dict[str, Any]) -> PretrainedConfig:
@@ -128,11 +137,7 @@ def _accepted(config_class: type[PretrainedConfig], values: dict[str, Any]) -> P
 def build(model_type: str, cls: Any, options: dict[str, Any]) -> torch.nn.Module:
     """The model in float64 and eval mode, every parameter a function of the seed."""
     model_type = model_type.split(":")[0]
-    sizes = {**SMALL, **SPECIAL.get(model_type, {}), **options}
-    config = shrunk(cls.config_class, sizes)
-    for name, value in SPECIAL.get(model_type, {}).items():
-        if not hasattr(config, name):
-            setattr(config, name, value)
+    config = shrunk(cls.config_class, {**SMALL, **options}, SPECIAL.get(model_type))
     if hasattr(config, "is_decoder") and "CausalLM" in cls.__name__:
         config.is_decoder = True
     with torch.device("meta"):
