@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
-#: task → (mapping of model type to class name, the auto class's mapping)
+#: task → the mappings of the auto classes that are swept
 TASKS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("MODEL_FOR_CAUSAL_LM_MAPPING",),
     "masked-lm": ("MODEL_FOR_MASKED_LM_MAPPING",),
@@ -149,12 +150,11 @@ def build(model_type: str, cls: Any, options: dict[str, Any]) -> torch.nn.Module
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.05 * noise.to(parameter.dtype))
     if hasattr(model, "set_experts_implementation"):
-        try:
+        with suppress(Exception):  # no experts in it
             model.set_experts_implementation("batched_mm")
-        except Exception:  # no experts in it
-            pass
     return model
 
 
