@@ -31,8 +31,8 @@ TASKS: dict[str, tuple[str, ...]] = {
 HEADS, KV_HEADS = 4, 2
 SMALL: dict[str, Any] = {
     **dict.fromkeys(
-        "hidden_size n_embd d_model embed_dim encoder_hidden_dim attention_hidden_size embedding_size word_embed_proj_dim"
-        " emb_dim".split(), 64,
+        "hidden_size n_embd d_model embed_dim encoder_hidden_dim attention_hidden_size embedding_size"
+        " word_embed_proj_dim emb_dim".split(), 64,
     ),
     **dict.fromkeys(
         "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff d_inner dff n_inner inner_dim".split(), 96

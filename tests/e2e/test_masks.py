@@ -1,4 +1,4 @@
-"""Attention runs other code with a mask than without one: both are right, though an example call takes one branch only."""
+"""Attention runs other code with a mask than without one: both are right, whichever the example call takes."""
 
 from __future__ import annotations
 
