@@ -244,7 +244,7 @@ class _Compiler:
                 self._place_bias(edge)
         slices = sharded_parameters(self.analysis, self.choice)
         names = {node: fqn for fqn, node in self.trace.params.items()}
-        sync = {names[node]: self.analysis.dims[node][0] for node in self.comm.sync}
+        sync = {names[n]: self.analysis.dims[n][0] for n in sorted(self.comm.sync, key=lambda n: names[n])}
         return self._finish(slices, sync)
 
     def _draws(self) -> tuple[Draw, ...]:
