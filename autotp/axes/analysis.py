@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 import autotp.axes.rules  # noqa: F401  registers the rules
+from autotp.axes.rules.factory import FILLS
 from autotp.axes.rules.registry import (
     NOT_LINEAR,
     Linear,
@@ -289,7 +290,8 @@ def _aliases(target: torch._ops.OpOverload) -> tuple[tuple[int, str, bool], ...]
 
 
 def derived_nodes(trace: Trace) -> set[fx.Node]:
-    """The nodes that depend on a parameter, and those that ops on such nodes write into (a cache)."""
+    """The nodes that depend on a parameter, those that ops on such nodes write into (a cache), and constant fills for
+    one such op (the initial state of a scan), which a rank makes as large as it needs."""
     derived = {node for name, node in trace.params.items() if name not in trace.is_buffer}
     nodes = list(trace.graph.nodes)
     changed = True
@@ -309,4 +311,5 @@ def derived_nodes(trace: Trace) -> set[fx.Node]:
                     derived.add(arg)
                     changed = True
                     queue += [base for base, _ in aliased_args(arg)]
+    derived |= {n for n in nodes if n.target in FILLS and len(n.users) == 1 and derived.issuperset(n.users)}
     return derived

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,10 +182,16 @@ def planned_steps(
             (after if c.kind == "take" else outputs)[c.producer].append(
                 Take(c.dim, c.axes) if c.kind == "take" else Gather(c.dim, c.axes)
             )
-    for node, edges in comm.enter.items():
+    for node, edges in _entered_outputs(comm.enter, uses).items():
         others = set(uses[node]) - set(edges)
         # A leaf that reduces its result does not enter it too: that is left to the uses.
-        if node in returned or after.get(node) or any(_has_gradient(edge.consumer) for edge in others):
+        one_of_several = node.target is operator.getitem  # no expression of its own
+        if (
+            one_of_several
+            or node in returned
+            or after.get(node)
+            or any(_has_gradient(edge.consumer) for edge in others)
+        ):
             for edge in edges:
                 before[edge].append(Enter(common(node)))
         else:
@@ -207,6 +214,20 @@ def planned_steps(
         {e: tuple(s) for e, s in before.items()},
         {n: tuple(s) for n, s in outputs.items()},
     )
+
+
+def _entered_outputs(
+    enter: Mapping[fx.Node, Iterable[Edge]], uses: Mapping[fx.Node, list[Edge]]
+) -> dict[fx.Node, list[Edge]]:
+    """Which uses enter. One of several outputs is entered where it is used, as code names only the output itself."""
+    found: dict[fx.Node, list[Edge]] = defaultdict(list)
+    for node, edges in enter.items():
+        for edge in edges:
+            if edge.consumer.target is operator.getitem:
+                found[edge.consumer] += uses[edge.consumer]
+            else:
+                found[node].append(edge)
+    return found
 
 
 def _has_gradient(node: fx.Node) -> bool:

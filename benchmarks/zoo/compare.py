@@ -16,7 +16,6 @@ import autotp
 from autotp.axes.layout import slice_tensor
 from autotp.errors import AutoTPError
 from autotp.rewrite.state import sharding_of
-from autotp.trace.inputs import example_inputs
 
 from .configs import build
 
@@ -44,12 +43,7 @@ def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result
     result = Result(name, cls.__name__)
     warnings.filterwarnings("ignore")
     try:
-        reference = build(name, cls, dict(options))
-        _, inputs = example_inputs(reference)
-        inputs = drawn(inputs)
-        torch.manual_seed(3)
-        with torch.no_grad():
-            reference(**inputs)
+        reference, inputs = build(name, cls, options)
     except Exception as error:
         result.kind, result.reason = "unbuildable", _line(error)
         return result
@@ -74,18 +68,6 @@ def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result
         result.reason = "; ".join(f"{name}: {why}" for name, why in list(result.whole.items())[:3])
         result.reason += "".join(f"; {note}" for note in sharding.plan.notes[:3])
     return result
-
-
-def drawn(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Example inputs with random numbers in place of zeros."""
-    generator = torch.Generator().manual_seed(2)
-
-    def fresh(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        return value
-
-    return {key: fresh(value) for key, value in inputs.items()}
 
 
 def sharded_share(plan: autotp.Plan) -> tuple[float, dict[str, str]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
+
+from autotp.trace.inputs import example_inputs
 
 #: task → the mappings of the auto classes that are swept
 TASKS: dict[str, tuple[str, ...]] = {
@@ -54,6 +57,18 @@ SMALL: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "type_vocab_size": 2,
 }  # fmt: skip
+
+#: What is made small, tried in order until the model runs: everything; depth and vocabulary, where sizes have to fit
+#: each other in ways that no name tells; nothing.
+TABLES: tuple[frozenset[str], ...] = (
+    frozenset(SMALL),
+    frozenset(
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers depth"
+        " num_decoder_layers vocab_size pad_token_id bos_token_id eos_token_id".split()
+    ),
+    frozenset(("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")),
+    frozenset(),
+)
 
 #: Sizes that follow from another: where a config has the first name, the second is the third, or a number: multi-latent
 #: attention has as many kv heads as heads, and rotates a part of its head.
@@ -135,10 +150,43 @@ def _accepted(config_class: type[PretrainedConfig], values: dict[str, Any]) -> P
     raise first
 
 
-def build(model_type: str, cls: Any, options: dict[str, Any]) -> torch.nn.Module:
-    """The model in float64 and eval mode, every parameter a function of the seed."""
-    model_type = model_type.split(":")[0]
-    config = shrunk(cls.config_class, {**SMALL, **options}, SPECIAL.get(model_type))
+def build(model_type: str, cls: Any, options: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model in float64 and eval mode that runs, every parameter a function of the seed, and inputs for it.
+
+    Raises the first table's error where no table of sizes gives one that runs.
+    """
+    first: Exception | None = None
+    for table in TABLES:
+        sizes = {name: size for name, size in SMALL.items() if name in table}
+        try:
+            model = _build(model_type.split(":")[0], cls, {**sizes, **options})
+            inputs = drawn(example_inputs(model)[1])
+            torch.manual_seed(3)
+            with torch.no_grad():
+                model(**inputs)
+            return model, inputs
+        except ImportError:
+            raise
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def drawn(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Example inputs with random numbers in place of zeros."""
+    generator = torch.Generator().manual_seed(2)
+
+    def fresh(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        return value
+
+    return {key: fresh(value) for key, value in inputs.items()}
+
+
+def _build(model_type: str, cls: Any, sizes: dict[str, Any]) -> torch.nn.Module:
+    config = shrunk(cls.config_class, sizes, SPECIAL.get(model_type))
     if hasattr(config, "is_decoder") and "CausalLM" in cls.__name__:
         config.is_decoder = True
     with torch.device("meta"):
