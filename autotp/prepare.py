@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from .plan.candidates import Candidate, atoms_of
 from .plan.overrides import Overrides
 from .plan.plan import Plan
 from .plan.planner import Choice, choose
-from .rewrite.anchors import Anchors
+from .rewrite.anchors import Anchors, Boundary
 from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
+from .rewrite.program import VariesError
 from .rewrite.steps import Enter
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
@@ -100,7 +102,7 @@ def prepare(
         rewriting: Rewriting | None = None
         failure: RewriteError | None = None
         try:
-            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, ranks, verify)
+            rewriting = _rewrite(analyses, choice, {s.name: s for s in wanted}, tp, ranks, verify)
         except RewriteError as error:
             failure = error
         diff = rewriting.diff if rewriting is not None else ""
@@ -150,7 +152,26 @@ def _agree(
 def _rewrite(
     analyses: Sequence[Analysis],
     choice: Choice,
-    anchors: Anchors,
+    scenarios: Mapping[str, Scenario],
+    tp: int,
+    ranks: Sequence[int],
+    verify: bool,
+) -> Rewriting:
+    """Rewrite with hooks; where one would have to differ between calls or scenarios, with other edits."""
+    barred: set[Boundary] = set()
+    while True:
+        try:
+            return _rewrite_without(barred, analyses, choice, scenarios, tp, ranks, verify)
+        except VariesError as error:
+            if error.boundary in barred:
+                raise
+            barred.add(error.boundary)
+
+
+def _rewrite_without(
+    barred: AbstractSet[Boundary],
+    analyses: Sequence[Analysis],
+    choice: Choice,
     scenarios: Mapping[str, Scenario],
     tp: int,
     ranks: Sequence[int],
@@ -162,13 +183,16 @@ def _rewrite(
         s = scenarios[name]
         return lambda rewritten: trace(rewritten, s.args, s.kwargs, s.name, training=s.training, run=s.run)
 
+    anchors = Anchors(analyses[0].trace, barred)
     main = first_view(analyses[0], choice, anchors, retrace(analyses[0].trace.scenario))
     others = [
         another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode")
         for a in analyses[1:]
     ]
     enters = any(isinstance(step, Enter) for wrap in main.program.wraps for step in wrap.steps)
-    if enters and is_transformers(base):  # a patch that runs only where there is a mask would be missed without one
+    if enters and is_transformers(
+        base
+    ):  # a patch that runs only where there is a mask would be missed without one
         first = analyses[0].trace.scenario
         scenarios = {**scenarios, "unmasked": replace(scenarios[first], name="unmasked")}
         found = analyse(retrace("unmasked")(base))

@@ -121,12 +121,10 @@ def choose(
             break
         if size < (1 - tolerance) * most:
             continue
-        if (
-            best is not None
-            and best.sharded_bytes >= bar
-            and flow.least(chosen) > best.communication.cost_bytes
-        ):
-            continue
+        if best is not None and best.sharded_bytes >= bar:
+            limit = best.communication.cost_bytes
+            if flow.least(chosen) > limit or flow.exceeds(chosen, limit):
+                continue
         feasible = _communicate(flow, chosen, failures)
         if feasible is None:
             continue

@@ -50,6 +50,8 @@ WAYS = tuple(
     for masks in (False, True)
     for products, late in ((False, False), (True, False), (True, True))
 )
+#: The way that allows all that any other does: what it costs, none is below.
+FREEST = (True, True, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,16 @@ class Places:
     enter: Callable[[fx.Node], int | None]
     mask: Callable[[Edge], bool]
     contract: Callable[[fx.Node], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One way to sum in the forward: where, what stays Partial (before a sum, too), what is masked, at what cost."""
+
+    reduce: frozenset[fx.Node] = frozenset()
+    partial: frozenset[fx.Node] = frozenset()
+    masked: frozenset[Edge] = frozenset()
+    cost: int = 0
 
 
 ANYWHERE = Places(
@@ -176,6 +188,16 @@ class Flow:
         found = {(c.producer, c.dim): c.cost for c in self._conversions(sharded) if c.kind == "gather"}
         return sum(found.values())
 
+    def exceeds(self, chosen: tuple[Candidate, ...], limit: int) -> bool:
+        """Whether gathers and the freest way to sum in the forward alone cost more than ``limit``."""
+        sharded = frozenset(a for c in chosen for a in c.atoms)
+        conversions = tuple(self._conversions(sharded))
+        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
+        try:
+            return sum(gathers.values()) + self._forward(sharded, conversions, *FREEST).cost > limit
+        except PlanError:  # `communicate` says so
+            return False
+
     def communicate(self, chosen: tuple[Candidate, ...], gradients: bool = True) -> Communication:
         """The cheapest communication for these axes; without ``gradients`` that of the forward only.
 
@@ -187,35 +209,35 @@ class Flow:
         conversions = tuple(self._conversions(sharded))
         self._check_contractions(sharded, pairs)
         close = self._closed(sharded, conversions) if gradients else frozenset()
+        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
+        fixed = sum(gathers.values()) + sum(map(all_reduce_cost, close))
         best: Communication | None = None
         seen: set[tuple[frozenset[fx.Node], frozenset[Edge]]] = set()
         failure = PlanError("no way to sum")
-        for masks, products, late in WAYS:
+        for way in WAYS:
             try:
-                reduce, partial, masked, price = self._forward(sharded, conversions, masks, products, late)
-                if (reduce, masked) in seen:
+                forward = self._forward(sharded, conversions, *way)
+                if (forward.reduce, forward.masked) in seen:
                     continue
-                seen.add((reduce, masked))
+                seen.add((forward.reduce, forward.masked))
+                price = forward.cost
                 enter: dict[fx.Node, tuple[Edge, ...]] = {}
                 sync: frozenset[fx.Node] = frozenset()
                 if gradients:
-                    enter, sync, back = self._backward(
-                        sharded, pairs, partial - reduce, masked, conversions, close
-                    )
+                    flowing = forward.partial - forward.reduce
+                    enter, sync, back = self._backward(sharded, pairs, flowing, forward.masked, conversions, close)
                     price += back
             except PlanError as error:
                 failure = error
                 continue
-            if (
-                best is None or price + FINE <= best.cost_bytes
-            ):  # the plainer way, unless another one saves bytes
-                best = Communication(reduce, masked, partial, enter, close, sync, conversions, price)
+            if best is None or price + FINE <= best.cost_bytes:  # the plainer way, unless another one saves bytes
+                best = Communication(
+                    forward.reduce, forward.masked, forward.partial, enter, close, sync, conversions, price
+                )
         if best is None:
             raise failure
-        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        cost = best.cost_bytes + sum(gathers.values()) + sum(map(all_reduce_cost, close))
         count = len(best.reduce) + len(best.enter) + len(close) + len(best.sync) + len(gathers)
-        return replace(best, cost_bytes=cost, collectives=count)
+        return replace(best, cost_bytes=best.cost_bytes + fixed, collectives=count)
 
     # ---- conversions ---------------------------------------------------------------------------
 
@@ -297,11 +319,11 @@ class Flow:
         masks: bool,
         products: bool,
         late: bool,
-    ) -> tuple[frozenset[fx.Node], frozenset[fx.Node], frozenset[Edge], int]:
+    ) -> Forward:
         ops = self.analysis.ops
         sources = {n for n, info in ops.items() if sharded & frozenset(atoms_of(info.contracted))}
         if not sources:
-            return frozenset(), frozenset(), frozenset(), 0
+            return Forward()
         converted = {(c.producer, c.consumer) for c in conversions}
 
         def accepts(edge: Edge) -> bool:
@@ -356,9 +378,9 @@ class Flow:
             for node in partial
             for j, o in enumerate(ops[node].operands)
             if (node not in sources and ops[node].linear.kind == "add" and o.node not in unreduced)
-            or (node in sources and j in ops[node].added)
+            or j in ops[node].added
         )
-        return reduce, partial, masked, cost
+        return Forward(reduce, partial, masked, cost)
 
     # ---- backward ------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,8 +52,10 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
 class Anchors:
     """An index of one trace: which module calls each value enters and leaves, and the leaf module that made it."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, barred: AbstractSet[Boundary] = frozenset()) -> None:
         self.trace = trace
+        self.barred = barred
+        """Boundaries that no hook can serve: calls of the module, or scenarios, need different steps there."""
         self.position = {node: i for i, node in enumerate(trace.graph.nodes)}
         self.modules = dict(trace.module.named_modules())
         self.leaves: dict[str, LeafKind] = {}
@@ -101,8 +104,13 @@ class Anchors:
         users = list(users)
         for call, path in self.outputs[node]:
             made_inside = call.first <= self.position[node] < call.last
-            if made_inside and all(self.position[user] >= call.last for user in users):
-                return Boundary(call.fqn, "out", path)
+            boundary = Boundary(call.fqn, "out", path)
+            if (
+                boundary not in self.barred
+                and made_inside
+                and all(self.position[u] >= call.last for u in users)
+            ):
+                return boundary
         return None
 
     def input_boundary(self, node: fx.Node) -> list[Boundary]:
@@ -119,8 +127,11 @@ class Anchors:
             return call.first <= self.position[user] < call.last
 
         for call, _ in self.inputs[node]:
+            found = [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
+            if not self.barred.isdisjoint(found):
+                continue
             if all(inside(call, u) for u in users) and not any(inside(call, o) for o in others):
-                return [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
+                return found
         return []
 
     def site_of(self, node: fx.Node) -> Call | None:

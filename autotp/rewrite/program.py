@@ -237,6 +237,14 @@ def _has_gradient(node: fx.Node) -> bool:
     return any(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
 
 
+class VariesError(RewriteError):
+    """The calls of a module, or the scenarios, need different steps at one of its boundaries: bar it, and try again."""
+
+    def __init__(self, message: str, boundary: Boundary) -> None:
+        super().__init__(message, boundary.fqn)
+        self.boundary = boundary
+
+
 class _Compiler:
     def __init__(self, analysis: Analysis, choice: Choice, anchors: Anchors) -> None:
         self.analysis = analysis
@@ -324,6 +332,9 @@ class _Compiler:
         else:
             boundary = self.anchors.boundary_after(node, users)
             boundaries = [boundary] if boundary is not None else []
+        if not boundaries and self._is_barred(node) and all(isinstance(step, Enter) for step in steps):
+            self._place_before(node, [e for e in self.uses[node] if _has_gradient(e.consumer)], steps)
+            return
         if boundaries:
             for b in boundaries:
                 at = users[0] if node.op == "placeholder" else node
@@ -333,6 +344,12 @@ class _Compiler:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
         self._wrap(node, None, steps)
+
+    def _is_barred(self, node: fx.Node) -> bool:
+        return any(
+            Boundary(call.fqn, "out", path) in self.anchors.barred
+            for call, path in self.anchors.outputs[node]
+        )
 
     def _within_attention(self, node: fx.Node) -> bool:
         """Whether a value is made inside `nn.MultiheadAttention`, whose class does for itself what its weights need."""
@@ -428,11 +445,14 @@ class _Compiler:
         for call in self.trace.calls:
             calls[call.fqn].add(call.index)
 
-        def agree(what: str, by_call: dict[int, list[Step]], fqn: str) -> tuple[Step, ...]:
-            variants = {tuple(by_call.get(index, ())) for index in calls[fqn] or {0}}
+        def agree(at: Boundary, by_call: dict[int, list[Step]]) -> tuple[Step, ...]:
+            variants = {tuple(by_call.get(index, ())) for index in calls[at.fqn] or {0}}
             if len(variants) > 1:
-                raise RewriteError(
-                    f"{what} is used in several ways, which one set of edits cannot serve: {variants}", fqn
+                where = "argument" if at.side == "in" else "result"
+                raise VariesError(
+                    f"{at.fqn or 'the root module'}: its calls need different steps on one {where}, and one set of "
+                    f"edits serves them all: {sorted(map(str, variants))}",
+                    at,
                 )
             return next(iter(variants))
 
@@ -445,8 +465,8 @@ class _Compiler:
         }
         leaves: list[Leaf] = []
         for fqn in sorted(leaf_names):
-            before = agree(fqn, self.draft.leaf_before[fqn], fqn)
-            after = agree(fqn, self.draft.leaf_after[fqn], fqn)
+            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn])
+            after = agree(Boundary(fqn, "out", ()), self.draft.leaf_after[fqn])
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
@@ -454,7 +474,7 @@ class _Compiler:
             leaves.append(
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )
-        hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn) for b, by_call in self.draft.hooks.items()}
+        hooks = {b: agree(b, by_call) for b, by_call in self.draft.hooks.items()}
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
             for key, by_call in self.draft.wraps.items()

@@ -23,7 +23,7 @@ from ..plan.reductions import Flow, Places
 from ..trace.graph import Trace
 from .anchors import Anchors
 from .bind import Rank, describe
-from .program import Program, Wrap, compile_program
+from .program import Program, VariesError, Wrap, compile_program
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take
 
 
@@ -78,7 +78,7 @@ def another_view(
                 f"in scenario {name!r} the axis {candidate.key} cannot be sharded as in the forward"
             )
         found.append(Candidate(tuple(a for a in atoms if a is not None), candidate.ranges, candidate.key))
-    anchors = Anchors(analysis.trace)
+    anchors = Anchors(analysis.trace, main.anchors.barred)
     places = _only_where(anchors, main.program)
     flow = Flow(analysis, places)
     try:
@@ -160,7 +160,7 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):
-                raise _conflict(view, boundary.fqn)
+                raise VariesError(str(_conflict(view, boundary.fqn)), boundary)
         wraps = {(w.module, w.frames, w.operand): w for w in program.wraps}
         for wrap in view.program.wraps:
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))

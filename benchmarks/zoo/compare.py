@@ -107,7 +107,9 @@ def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]
         total = torch.zeros((), dtype=torch.float64)
         for i, t in enumerate(found):
             if t.requires_grad and t.is_floating_point():
-                weights = torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+                weights = torch.randn(
+                    t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64
+                )
                 total = total + (t.double() * weights).sum()
         if total.requires_grad:
             total.backward()
@@ -121,7 +123,9 @@ def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]
 
     def local(name: str, whole: Tensor) -> Tensor:
         dims = sharding.dims.get(name)
-        return whole if dims is None else slice_tensor(whole, dims, sharding.rank.partition, sharding.rank.rank)
+        return (
+            whole if dims is None else slice_tensor(whole, dims, sharding.rank.partition, sharding.rank.rank)
+        )
 
     grads = {k: p.grad for k, p in model.named_parameters()}
     whole = {k: p.grad for k, p in reference.named_parameters()}

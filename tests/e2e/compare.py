@@ -84,7 +84,7 @@ def compare(name: str, variant: dict[str, object], guessed: bool = False, rtol: 
     with record_collectives() as log:
         compare_passes(problems, "inputs as traced", model, reference, traced, sharding)
     if not guessed:  # of other inputs the plan does not know the bytes
-        _compare_collectives(problems, log, sharding.plan, sharding.rank.rank)
+        compare_collectives(problems, log, sharding.plan, sharding.rank.rank)
     compare_passes(problems, "other inputs", model, reference, other, sharding)
     _compare_state(problems, model, reference)
     if case.generative:
@@ -162,7 +162,7 @@ def _compare_ranks(problems: Problems, values: dict[str, Tensor], sharding: Shar
             )
 
 
-def _compare_collectives(problems: Problems, log: CollectiveLog, plan: Plan, rank: int) -> None:
+def compare_collectives(problems: Problems, log: CollectiveLog, plan: Plan, rank: int) -> None:
     """What went over the wire in one forward and backward pass is what the plan says, number and bytes."""
     for kind in ("all_reduce", "all_gather"):
         for direction, phases in (("forward", ("forward",)), ("backward", ("backward", "step"))):

@@ -18,7 +18,8 @@ def _fresh(op: OpContext) -> list[Dim]:
 
 
 FILLS = frozenset(
-    getattr(torch.ops.aten, name).default for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+    getattr(torch.ops.aten, name).default
+    for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 ) | {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
 
 

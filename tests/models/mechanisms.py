@@ -1,0 +1,95 @@
+"""Models of one mechanism each, as small as they can be, that larger ones were found to need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH, SEQ = 2, 5
+
+
+class LookupThenLinear(nn.Module):
+    """Two large tables, looked up by part, whose sum of parts goes through a small layer with a bias before it is
+    reduced: the bias counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(222, 34)
+        self.second = nn.Embedding(158, 26)
+        self.down = nn.Linear(60, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        joined = torch.cat((self.first(ids), self.second(ids % 13)), -1).cumsum(
+            -1
+        )  # which no feature can be cut from
+        return torch.tanh(self.down(joined))
+
+
+class SelectiveScan(nn.Module):
+    """Mamba's mixer: an initial state of zeros, a Python loop over time, and three parts of one reduced projection
+    that all enter the sharded region."""
+
+    def __init__(self, width: int = 10, inner: int = 26, rank: int = 3, state: int = 4) -> None:
+        super().__init__()
+        self.sizes = [rank, state, state]
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.x_proj = nn.Linear(inner, rank + 2 * state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.rand(inner, state))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.in_proj(x).chunk(2, dim=-1)
+        dt, b, c = torch.split(self.x_proj(F.silu(hidden)), self.sizes, dim=-1)
+        dt = F.softplus(self.dt_proj(dt))
+        decay = torch.exp(dt[..., None] * -torch.exp(self.A_log))
+        state = torch.zeros(x.shape[0], self.inner, self.A_log.shape[-1], dtype=x.dtype)
+        outputs = []
+        for t in range(x.shape[1]):
+            state = decay[:, t] * state + (dt * hidden)[:, t, :, None] * b[:, t, None]
+            outputs.append((state @ c[:, t, :, None])[..., 0])
+        return self.out_proj(torch.stack(outputs, dim=1) * F.silu(gate))
+
+
+class Scale(nn.Module):
+    """A norm without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+class OneNormManyPlaces(nn.Module):
+    """A module that is called in several places, of which only some feed a sharded layer."""
+
+    def __init__(self, width: int = 14, inner: int = 38) -> None:
+        super().__init__()
+        self.norm = Scale()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.norm(x)
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 158, (BATCH, SEQ), generator=torch.Generator().manual_seed(5))
+
+
+def floats(width: int) -> Tensor:
+    return torch.randn(BATCH, SEQ, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+#: name → (model, inputs, parameters that have to be sharded)
+MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
+    "lookup then linear": (LookupThenLinear, ids, "first.weight second.weight"),
+    "selective scan": (
+        SelectiveScan, lambda: floats(10), "in_proj.weight x_proj.weight dt_proj.weight A_log out_proj.weight",
+    ),
+    "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
+}  # fmt: skip
