@@ -231,7 +231,10 @@ class _Compiler:
     def compile(self) -> Program:
         after, before, outputs = planned_steps(self.analysis, self.choice)
         for node, steps in after.items():
-            self._place_after(node, list(steps))
+            if self._only_here(node, steps, after):
+                self._place_before(node, self.uses[node], steps)
+            else:
+                self._place_after(node, list(steps))
         for node, steps in outputs.items():
             self._place_output(node, list(steps))
         by_steps: dict[tuple[fx.Node, tuple[Step, ...]], list[Edge]] = defaultdict(list)
@@ -284,6 +287,25 @@ class _Compiler:
             if call.fqn == fqn and call.first <= position < call.last:
                 return call.index
         return 0
+
+    def _only_here(
+        self, node: fx.Node, steps: tuple[Step, ...], after: Mapping[fx.Node, tuple[Step, ...]]
+    ) -> bool:
+        """Whether these are gradient sums after one call of a module that is called again without them (one ReLU for
+        all of a block): they then go to the uses, as a hook would act in every call."""
+        if node.op == "placeholder" or not all(isinstance(step, Enter) for step in steps):
+            return False
+        boundary = self.anchors.boundary_after(node, [edge.consumer for edge in self.uses[node]])
+        if boundary is None:
+            return False
+        results = [
+            port.node
+            for call in self.trace.calls
+            if call.fqn == boundary.fqn
+            for port in call.outputs
+            if port.path == boundary.path
+        ]
+        return any(after.get(other) != steps for other in results)
 
     def _place_after(self, node: fx.Node, steps: list[Step]) -> None:
         leaf = self.anchors.leaves_by(node)
