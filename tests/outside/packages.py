@@ -220,7 +220,13 @@ X_TRANSFORMERS = (
         _tokens,
         variants=(
             {},
-            {"rotary_pos_emb": True, "use_rmsnorm": True, "ff_glu": True, "ff_swish": True, "ff_no_bias": True},
+            {
+                "rotary_pos_emb": True,
+                "use_rmsnorm": True,
+                "ff_glu": True,
+                "ff_swish": True,
+                "ff_no_bias": True,
+            },
             {"attn_flash": True, "attn_kv_heads": 4},
             {"alibi_pos_bias": True, "alibi_num_heads": 4},
             {"rel_pos_bias": True},
