@@ -1,4 +1,4 @@
-"""Is a sharding rule right? The op, run on the shards of each axis that its rule lets be sharded, against the op itself."""
+"""Is a sharding rule right? The op on the shards of each axis that its rule lets be sharded, against the whole op."""
 
 from __future__ import annotations
 
@@ -222,9 +222,9 @@ class _Case:
             except (RuntimeError, NotImplementedError) as error:
                 if not _no_backward(error):
                     raise
-                made = (None,) * len(wanted)
+                made = ()
             names = [node for node, leaf in leaves.items() if leaf.requires_grad]
-            found = {node: grad for node, grad in zip(names, made, strict=True) if grad is not None}
+            found = {node: grad for node, grad in zip(names, made, strict=False) if grad is not None}
         detached = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
         return _Run(_detached(raw), detached, grads, found)
 
@@ -295,7 +295,8 @@ class _Case:
             expected = self._slice(k, whole, partition, rank, summed)
             if part.shape != expected.shape:
                 raise self.wrong(
-                    f"{where}: result {k} of rank {rank} has shape {list(part.shape)}, by the rule {list(expected.shape)}"
+                    f"{where}: result {k} of rank {rank} has shape {list(part.shape)}, by the rule "
+                    f"{list(expected.shape)}"
                 )
             if not summed and not self.rule.is_random:
                 self._close(
@@ -317,7 +318,7 @@ class _Case:
         summed: bool,
         where: str,
     ) -> None:
-        """A slice's gradient is the slice of the gradient; that of an operand all ranks have is what theirs add up to."""
+        """A slice's gradient is the slice of the gradient; of an operand that all have, their sum."""
         name = self.argument(self.rule.operands()[i].path)
         own = [
             torch.zeros_like(slice_tensor(whole, dims, partition, r)) if p is None else p

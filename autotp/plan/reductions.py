@@ -477,7 +477,7 @@ class Flow:
 def sliced_alike(a: Dim, b: Dim, sharded: frozenset[Atom]) -> bool:
     """Whether a rank's slices of two dims are the same elements, whatever the axes that are whole are called.
 
-    A group norm takes channels ``H·D`` as ``H·d``, with a D of its own that it needs whole: over H they are sliced alike.
+    A group norm takes channels ``H·D`` as ``H·d``, with a d that it needs whole: over H they are sliced alike.
     """
     return a == b or _cut_by(a, sharded) == _cut_by(b, sharded)
 

@@ -88,13 +88,14 @@ def slice_parameters(
     made: dict[int, Tensor] = {}
     places: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for module in model.modules():
-        for holder in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
             for name, tensor in holder.items():
                 if tensor is not None:
                     places[id(tensor)].append((holder, name))
     for fqn, dims in slices.items():
         module, name = owner(model, fqn)
-        whole = module._parameters.get(name)
+        whole: Tensor | None = module._parameters.get(name)
         if whole is None:
             whole = module._buffers.get(name)
         if whole is None:

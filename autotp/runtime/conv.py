@@ -45,7 +45,7 @@ class ShardedConv(Sharded):
     _conv_forward: Any
 
     @staticmethod
-    def swap(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, options: ConvOptions) -> None:
+    def swap(module: nn.Module, options: ConvOptions) -> None:
         """Make ``module``, whose parameters are local already, a sharded one. Changes it in place."""
         kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
         kind = kinds.get(len(getattr(module, "kernel_size", ())))
@@ -115,7 +115,7 @@ class ShardedTransposedConv(ShardedConv):
         self.in_channels = self.weight.shape[0]
         self.out_channels = self.weight.shape[1] * self.groups
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         spatial = self.weight.dim() - 2
         convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         padding = self._output_padding(

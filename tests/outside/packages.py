@@ -1,4 +1,4 @@
-"""Models of packages that autotp knows nothing of, as their users build them. Each is made only where its package is."""
+"""Models of packages that autotp knows nothing of, as their users build them. Made where it is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from torch import Tensor, nn
 
 from tests.models.case import Inputs, ModelCase
 
-
-class Output(nn.Module):
-    """A model called with options, of whose results one tensor is looked at."""
-
-
 # ---- x-transformers
 
 
 def _x_decoder(**options: object) -> nn.Module:
     from x_transformers import Decoder, TransformerWrapper
 
-    layers = dict(dim=40, depth=2, heads=8, attn_dim_head=6, ff_mult=2) | options
+    layers = {"dim": 40, "depth": 2, "heads": 8, "attn_dim_head": 6, "ff_mult": 2} | options
     return TransformerWrapper(num_tokens=61, max_seq_len=16, attn_layers=Decoder(**layers))
 
 

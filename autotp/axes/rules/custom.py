@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ def register_rule(
     blocked: str | Iterable[str] = "",
     sizes: Mapping[str, str] | None = None,
     linear: LinearKind = "none",
-    of: Iterable[int] = (),
-    added: Iterable[int] = (),
+    of: Sequence[int] = (),
+    added: Sequence[int] = (),
     random: bool = False,
 ) -> None:
     """Tell autotp how an op of yours shards. On every rank, before `parallelize` or `plan`::
@@ -52,6 +52,7 @@ def register_rule(
     Raises:
         RuleError: no such op, an unreadable rule, or an op that has a rule already.
     """
+    made = _compiled(op, rule, blocked, sizes, linear, of, added, random)
     name = op_name(op)
     packet = ".".join(
         name.split(".")[:2]
@@ -59,21 +60,30 @@ def register_rule(
     if is_registered(name) or (is_registered(packet) and packet not in _MINE):
         own = "by register_rule: call autotp.unregister_rule first" if name in _MINE else "of autotp's own"
         raise RuleError(f"register_rule: {_shown(name)} has a sharding rule already, {own}")
-    if callable(rule):
-        if blocked or sizes or linear != "none" or tuple(of) or tuple(added) or random:
-            raise RuleError(
-                f"register_rule: the rule of {_shown(name)} is a function, which says all of it; blocked, sizes, linear, "
-                "of, added and random belong to a line of text"
-            )
-        made: Rule = rule
-    elif isinstance(rule, str):
-        _check_arguments(op, name, sizes or {})
-        made = _with_writes(make_einsum_rule(rule, blocked, linear, of, added, random, sizes))
-    else:
-        raise RuleError(
-            f"register_rule: the rule of {_shown(name)} is a {type(rule).__name__}, not text or a function"
-        )
+    _check_arguments(name, sizes or {})
     _register(name, made)
+
+
+def _compiled(
+    op: Any,
+    rule: object,
+    blocked: str | Iterable[str],
+    sizes: Mapping[str, str] | None,
+    linear: LinearKind,
+    of: Sequence[int],
+    added: Sequence[int],
+    random: bool,
+) -> Rule:
+    if isinstance(rule, str):
+        return _with_writes(make_einsum_rule(rule, blocked, linear, of, added, random, sizes))
+    if not callable(rule):
+        raise RuleError(f"register_rule: the rule of {op} is a {type(rule).__name__}, not text or a function")
+    if blocked or sizes or linear != "none" or of or added or random:
+        raise RuleError(
+            f"register_rule: the rule of {op} is a function, which says all of it; blocked, sizes, linear, of, "
+            "added and random belong to a line of text"
+        )
+    return rule
 
 
 def _register(name: str, made: Rule) -> None:
@@ -134,7 +144,7 @@ def _shown(name: str) -> str:
     return name.replace(".", "::", 1)
 
 
-def _check_arguments(op: Any, name: str, sizes: Mapping[str, str]) -> None:
+def _check_arguments(name: str, sizes: Mapping[str, str]) -> None:
     for overload in overloads(_shown(name)):
         known = [a.name for a in overload._schema.arguments]
         for argument in sizes.values():
