@@ -12,7 +12,7 @@ keeps is that the batch and sequence dims of the inputs are frozen.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -290,9 +290,32 @@ def _aliases(target: torch._ops.OpOverload) -> tuple[tuple[int, str, bool], ...]
 
 
 def derived_nodes(trace: Trace) -> set[fx.Node]:
-    """The nodes that depend on a parameter, those that ops on such nodes write into (a cache), and constant fills for
-    one such op (the initial state of a scan), which a rank makes as large as it needs."""
-    derived = {node for name, node in trace.params.items() if name not in trace.is_buffer}
+    """The nodes that depend on a parameter, those that ops on such nodes write into (a cache), the buffers that go with
+    a module's parameters (`own_buffers`), and constant fills for one such op (the initial state of a scan), which a
+    rank makes as large as it needs."""
+    derived = _dependents(trace, {node for name, node in trace.params.items() if name not in trace.is_buffer})
+    fills = {n for n in trace.graph.nodes if n.target in FILLS and len(n.users) == 1 and derived.issuperset(n.users)}
+    return derived | own_buffers(trace, derived) | fills
+
+
+def own_buffers(trace: Trace, derived: Set[fx.Node]) -> set[fx.Node]:
+    """The buffers that only ops on parameters use, and only in the module that holds them: a batch norm's statistics.
+
+    Such a buffer has the axes of its module's parameters and is sliced as they are. One that is shared by layers, or
+    that other constants are computed from (a rotary table, a mask), is whole on every rank, and cloned.
+    """
+    found = set()
+    for fqn in trace.is_buffer:
+        node, module = trace.params[fqn], fqn.rpartition(".")[0]
+        users = list(node.users)
+        if node.meta["val"].is_floating_point() and users and fqn not in trace.aliases.values():
+            if all(user in derived and user.meta.get("module") == module for user in users):
+                found.add(node)
+    return found
+
+
+def _dependents(trace: Trace, roots: set[fx.Node]) -> set[fx.Node]:
+    derived = set(roots)
     nodes = list(trace.graph.nodes)
     changed = True
     while changed:
@@ -311,5 +334,4 @@ def derived_nodes(trace: Trace) -> set[fx.Node]:
                     derived.add(arg)
                     changed = True
                     queue += [base for base, _ in aliased_args(arg)]
-    derived |= {n for n in nodes if n.target in FILLS and len(n.users) == 1 and derived.issuperset(n.users)}
     return derived

@@ -33,12 +33,17 @@ from ..axes.term import Atom, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
 from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
+from .repair import Refusals, repaired
 
 #: Share of the sharded weight bytes that may be given up for less communication.
 TOLERANCE = 0.1
 #: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model
 #: go first.
 MOST_SETS = 64
+#: How many maximal sets, those of most bytes, are looked through for axes that refuse one another.
+MOST_REPAIRED = 2048
+#: How many sets times ops are cut exactly, so that a large graph is not compared for minutes.
+MOST_VISITS = 60_000
 #: The tolerance within one such part.
 PART_TOLERANCE = 0.01
 
@@ -98,13 +103,13 @@ def choose(
 
     required = tuple(require)
     sets: list[tuple[float, tuple[Candidate, ...]]] = []
-    cut_off = False
     for keys in itertools.islice(_maximal_sets(classes, against), 1 << 14):
         chosen = tuple(c for key in sorted(keys) for c in classes[key])
         atoms = {a for c in chosen for a in c.atoms}
         if all(atoms & wanted for wanted in required):
             sets.append((bytes_of(chosen), chosen))
     sets.sort(key=lambda s: (-s[0], [c.key for c in s[1]]))
+    sets, cut_off = _repaired(sets, classes, Refusals(analysis, flow), bytes_of)
     if sets and sum(size >= (1 - tolerance) * sets[0][0] for size, _ in sets) > MOST_SETS:
         sets, cut_off = _thinned(sets, classes, against, bytes_of), True
     if required and not sets:
@@ -116,7 +121,7 @@ def choose(
         (1 - tolerance) * sets[0][0] if sets else 0.0
     )  # what shards as much can no longer fall out of the tolerance
     for i, (size, chosen) in enumerate(_promising(flow, sets or [(0.0, ())], tolerance)):
-        if i >= 8 * MOST_SETS:
+        if i >= min(8 * MOST_SETS, max(MOST_SETS // 2, MOST_VISITS // max(len(analysis.ops), 1))):
             cut_off = True
             break
         if size < (1 - tolerance) * most:
@@ -145,6 +150,23 @@ def choose(
     if best is None:
         best = Choice((), Communication(), 0.0, total, True)
     return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)
+
+
+def _repaired(
+    sets: list[tuple[float, tuple[Candidate, ...]]],
+    classes: Mapping[str, tuple[Candidate, ...]],
+    refusals: Refusals,
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> tuple[list[tuple[float, tuple[Candidate, ...]]], bool]:
+    """The sets without the axes that would be refused in them, each once, by their bytes; and whether some were left
+    out."""
+    keys = {c: key for key, members in classes.items() for c in members}
+    found: dict[frozenset[Candidate], tuple[float, tuple[Candidate, ...]]] = {}
+    for size, chosen in sets[:MOST_REPAIRED]:
+        kept = repaired(chosen, keys, refusals, bytes_of)
+        found.setdefault(frozenset(kept), (size if kept == chosen else bytes_of(kept), kept))
+    ordered = sorted(found.values(), key=lambda s: (-s[0], [c.key for c in s[1]]))
+    return ordered, len(sets) > MOST_REPAIRED
 
 
 def _thinned(

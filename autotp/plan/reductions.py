@@ -30,7 +30,7 @@ from typing import Any
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
-from ..axes.term import Atom, Dim
+from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, sharded_share
 from .cut import Cache, VertexCut
@@ -270,7 +270,7 @@ class Flow:
     ) -> Iterator[Conversion]:
         has = sharded & frozenset(atoms_of([have]))
         wants = sharded & frozenset(atoms_of([want]))
-        if has and wants and have == want:
+        if has and has == wants and sliced_alike(have, want, sharded):
             return
         if has:
             yield Conversion(
@@ -291,7 +291,7 @@ class Flow:
                     raise PlanError(
                         f"{node}: its rows cannot be looked up by part outside of an embedding module"
                     )
-                if not _covers(dim, sharded):
+                if not covers(dim, sharded):
                     raise PlanError(f"{node}: sums over an axis that is sharded only in part")
 
     def _closed(self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...]) -> frozenset[fx.Node]:
@@ -496,17 +496,40 @@ class Flow:
         return FINE * (int(2 * nbytes(param) * common) + START_BYTES) // TOKENS
 
 
+def sliced_alike(a: Dim, b: Dim, sharded: frozenset[Atom]) -> bool:
+    """Whether a rank's slices of two dims are the same elements, whatever the axes that are whole are called.
+
+    A group norm takes channels ``H·D`` as ``H·d``, with a d that it needs whole: over H they are sliced alike.
+    """
+    return a == b or _cut_by(a, sharded) == _cut_by(b, sharded)
+
+
+def _cut_by(dim: Dim, sharded: frozenset[Atom]) -> tuple[object, ...]:
+    """The dim as a product of sharded axes, concatenations that hold some, and sizes of all else."""
+    found: list[object] = []
+    for factor in dim:
+        if isinstance(factor, Cat) and sharded & frozenset(atoms_of([(factor,)])):
+            found.append(tuple(_cut_by(part, sharded) for part in factor.parts))
+        elif isinstance(factor, Atom) and factor in sharded:
+            found.append(factor)
+        elif found and isinstance(found[-1], int):
+            found[-1] *= factor.size
+        else:
+            found.append(factor.size)
+    return tuple(found)
+
+
 def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Atom, Atom]) -> bool:
     """Whether each element of a value with these dims lies on exactly one rank.
 
     ``pairs`` maps the outer to the inner axis of nested candidates: only together do they tell ranks apart.
     """
     single = sharded - set(pairs) - set(pairs.values())
-    if any(_covers(dim, single) for dim in dims):
+    if any(covers(dim, single) for dim in dims):
         return True
     return any(
-        any(_covers(dim, single | {outer}) for dim in dims)
-        and any(_covers(dim, single | {inner}) for dim in dims)
+        any(covers(dim, single | {outer}) for dim in dims)
+        and any(covers(dim, single | {inner}) for dim in dims)
         for outer, inner in pairs.items()
     )
 
@@ -520,13 +543,13 @@ def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
     return frozenset(found)
 
 
-def _covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
+def covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
     """Whether each element of ``dim`` lies on one rank only: no part of a Cat stays whole."""
     for factor in dim:
         if isinstance(factor, Atom):
             if factor in sharded:
                 return True
-        elif all(_covers(part, sharded) for part in factor.parts):
+        elif all(covers(part, sharded) for part in factor.parts):
             return True
     return False
 

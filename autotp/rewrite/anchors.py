@@ -22,6 +22,11 @@ from ..trace.graph import Call, ModuleCall, Path, Trace
 
 LeafKind = Literal["linear", "conv1d", "embedding", "attention", "conv"]
 
+_CONVOLUTIONS = (
+    *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward),
+    *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
@@ -41,7 +46,7 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
         return "embedding"
     if forward is nn.MultiheadAttention.forward:
         return "attention"
-    if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+    if forward in _CONVOLUTIONS:
         return "conv"
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and forward is pytorch_utils.Conv1D.forward:

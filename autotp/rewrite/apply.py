@@ -84,25 +84,31 @@ def slice_parameters(
     rank: Rank,
     place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Replace each parameter by this rank's slice of it; tied parameters stay tied."""
-    made: dict[int, nn.Parameter] = {}
-    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    """Replace each parameter (and buffer that goes with parameters) by this rank's slice of it; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    places: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places[id(parameter)].append((module, name))
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    places[id(tensor)].append((holder, name))
     for fqn, dims in slices.items():
         module, name = owner(model, fqn)
-        whole = module._parameters.get(name)
+        whole: Tensor | None = module._parameters.get(name)
         if whole is None:
-            raise RewriteError(f"{fqn} is no plain parameter")
+            whole = module._buffers.get(name)
+        if whole is None:
+            raise RewriteError(f"{fqn} is no plain parameter or buffer")
         if any(whole is local for local in made.values()):
             continue  # tied to one that has been sliced
         local = place(local_slice(whole.detach(), dims, rank))
-        made[id(whole)] = nn.Parameter(local, requires_grad=whole.requires_grad)
-        made[id(whole)].__dict__.update(whole.__dict__)
-        for other, own_name in places[id(whole)]:
-            other._parameters[own_name] = made[id(whole)]
+        if isinstance(whole, nn.Parameter):
+            local = nn.Parameter(local, requires_grad=whole.requires_grad)
+            local.__dict__.update(whole.__dict__)
+        made[id(whole)] = local
+        for holder, own_name in places[id(whole)]:
+            holder[own_name] = local
 
 
 def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:

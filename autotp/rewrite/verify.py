@@ -363,8 +363,7 @@ class Comparison:
         reference = self.reference.params.get(self.reference.aliases.get(fqn, fqn))
         if reference is None:
             raise VerifyError(f"{fqn}: a parameter that the whole model does not have")
-        whole = fqn in self.reference.is_buffer
-        want = shape_of(reference) if whole else self.rank.shape(self.analysis.dims[reference][0])
+        want = self.rank.shape(self.analysis.dims[reference][0])
         if want != shape_of(node):
             raise VerifyError(
                 f"{fqn}: has local shape {shape_of(node)}, planned was {want} on rank {self.rank.rank}"
