@@ -139,6 +139,8 @@ class Flow:
         self.differentiable = self._differentiable()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
+        self._dtypes = {node: _dtype(node) for node in analysis.dims}
+        self._sum_cost = {node: all_reduce_cost(node) for node in analysis.dims}.__getitem__
         self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
         self._held: dict[fx.Node, frozenset[Atom]] = {}
         self._dims_atoms = {
@@ -213,7 +215,7 @@ class Flow:
         if best is None:
             raise failure
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        cost = best.cost_bytes + sum(gathers.values()) + sum(map(all_reduce_cost, close))
+        cost = best.cost_bytes + sum(gathers.values()) + sum(map(self._sum_cost, close))
         count = len(best.reduce) + len(best.enter) + len(close) + len(best.sync) + len(gathers)
         return replace(best, cost_bytes=cost, collectives=count)
 
@@ -308,7 +310,7 @@ class Flow:
             info = ops[edge.consumer]
             if info.mutates is not None or (edge.producer, edge.consumer) in converted:
                 return False
-            if self.held_by_op(edge.consumer, sharded) or _dtype(edge.producer) != _dtype(edge.consumer):
+            if self.held_by_op(edge.consumer, sharded) or self._dtypes[edge.producer] != self._dtypes[edge.consumer]:
                 return False  # a sum is taken in the dtype in which it arose: rounding is not linear
             if info.linear.kind == "add":
                 return (not info.linear.of or edge.operand in info.linear.of) and all(
@@ -335,7 +337,7 @@ class Flow:
         while frontier:
             node = frontier.pop()
             willing = self.places.reduce(node)
-            cut.vertex(node, None if willing is None else all_reduce_cost(node) + willing)
+            cut.vertex(node, None if willing is None else self._sum_cost(node) + willing)
             whole = node in self.output_nodes or (node, None) in converted
             for edge in self.uses[node]:
                 if accepts(edge):
@@ -410,7 +412,7 @@ class Flow:
             if node in mixed:
                 return False
             inputs = [o.node for o in ops[node].operands if o.node in self.differentiable]
-            casts = any(_dtype(i) != _dtype(node) for i in inputs)
+            casts = any(self._dtypes[i] != self._dtypes[node] for i in inputs)
             picks = (
                 len(inputs) == 1 and inputs[0] in mixed
             )  # takes the common part out of a partly common value
@@ -429,7 +431,7 @@ class Flow:
             is_param = node in self.params
             willing = 0 if is_param else self.places.enter(node)
             barred = node in mixed or willing is None
-            price = self._sync_cost(node, sharded) if is_param else all_reduce_cost(node)
+            price = self._sync_cost(node, sharded) if is_param else self._sum_cost(node)
             cut.vertex(node, None if barred else price + (willing or 0))
             if node in mixed:
                 cut.start(node)

@@ -251,7 +251,7 @@ class _Writer:
     def _blocks(self, c: Code, x: str) -> str:
         draw = self.draw
         used: list[tuple[str, bool]] = []  # modules, to run twice
-        for _ in range(draw.weighted({1: 4, 2: 4, 3: 1})):
+        for _ in range(draw.weighted({1: 6, 2: 3})):
             form = draw.weighted(
                 {"pre": 5, "post": 2, "bare": 2, "parallel": 2, "twice": 1 if used else 0, "scaled": 1, "into": 1,
                  "listed": 1, "branch": 1, "shared": 1}
