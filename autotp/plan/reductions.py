@@ -30,6 +30,7 @@ from typing import Any
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
+from ..axes.layout import Partition, common_parts
 from ..axes.term import Atom, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, sharded_share
@@ -186,6 +187,7 @@ class Flow:
         """
         sharded = frozenset(a for c in chosen for a in c.atoms)
         pairs = {c.atoms[0]: c.atoms[1] for c in chosen if len(c.atoms) == 2}
+        partition = Partition({a.id: r for c in chosen for a, r in zip(c.atoms, c.ranges, strict=True)})
         conversions = tuple(self._conversions(sharded))
         self._check_contractions(sharded, pairs)
         close = self._closed(sharded, conversions) if gradients else frozenset()
@@ -202,7 +204,7 @@ class Flow:
                 sync: frozenset[fx.Node] = frozenset()
                 if gradients:
                     enter, sync, back = self._backward(
-                        sharded, pairs, partial - reduce, masked, conversions, close
+                        sharded, pairs, partition, partial - reduce, masked, conversions, close
                     )
                     price += back
             except PlanError as error:
@@ -358,7 +360,7 @@ class Flow:
             for node in partial
             for j, o in enumerate(ops[node].operands)
             if (node not in sources and ops[node].linear.kind == "add" and o.node not in unreduced)
-            or (node in sources and j in ops[node].added)
+            or j in ops[node].added  # a bias: of a contraction, or of a linear layer that a Partial passes through
         )
         return reduce, partial, masked, cost
 
@@ -368,6 +370,7 @@ class Flow:
         self,
         sharded: frozenset[Atom],
         pairs: dict[Atom, Atom],
+        partition: Partition,
         flowing: frozenset[fx.Node],
         masked: frozenset[Edge],
         conversions: tuple[Conversion, ...],
@@ -466,6 +469,8 @@ class Flow:
                 enter[node] = partial_uses
             elif len(partial_uses) < len(uses):
                 raise PlanError(f"{node}: a parameter used both in and outside a sharded region")
+            elif not sums_once(dims[node][0], partition):
+                raise PlanError(f"{node}: ranks have parts of it in common in more than one way")
             else:
                 sync.add(node)
         return enter, frozenset(sync), cost
@@ -489,6 +494,18 @@ def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Ato
         and any(_covers(dim, single | {inner}) for dim in dims)
         for outer, inner in pairs.items()
     )
+
+
+def sums_once(dims: tuple[Dim, ...], partition: Partition) -> bool:
+    """Whether the gradient of a parameter with these dims can be summed in one group of ranks each.
+
+    One key head for two query heads of 4 over 3 ranks: elements 0:2, 2:4 and 0:4, of which no two ranks are one group.
+    """
+    try:
+        common_parts(dims, partition, 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:

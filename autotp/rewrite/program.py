@@ -420,6 +420,7 @@ class _Compiler:
             for fqn in self.anchors.leaves
             if fqn in self.draft.leaf_after
             or fqn in self.draft.leaf_before
+            or fqn in self.draft.bias
             or any(f"{fqn}.{p}" in slices for p in _parameter_names(self.anchors, fqn))
         }
         leaves: list[Leaf] = []
