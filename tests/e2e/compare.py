@@ -52,6 +52,7 @@ class Problems:
         elif not theirs.is_floating_point():
             self.check(torch.equal(mine, theirs), f"{what} differs")
         elif theirs.numel():
+            mine, theirs = mine.detach(), theirs.detach()
             error, scale = float((mine - theirs).abs().max()), float(theirs.abs().max())
             self.check(
                 error <= ATOL + self.rtol * scale,

@@ -3,6 +3,9 @@
 A model is *exact* (every output, gradient, parameter and entry of the state dict, for the traced inputs and for
 others), or *refused*: `parallelize` raised an `AutoTPError`, and the model still computes what it did. Anything else is
 a bug: a difference is reported as *wrong*, another exception is left to end the job.
+
+Some random models are no models: they do not train unsharded either (an in-place op on what a backward needs), or
+amplify rounding into other numbers (the mean of what a norm has centred, divided by its own size). They are *void*.
 """
 
 from __future__ import annotations
@@ -14,18 +17,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 import autotp
 from autotp.errors import AutoTPError
 from autotp.rewrite.state import sharding_of
-from tests.e2e.compare import Problems, compare_passes, compare_parameters, compare_state, tensors_of
+from tests.e2e.compare import (
+    Problems,
+    compare_parameters,
+    compare_passes,
+    compare_state,
+    loss_of,
+    tensors_of,
+    trainable,
+)
 from tests.fuzz.faults import planted
 from tests.fuzz.models import FuzzModel, draw_model
+from tests.models.case import call
 
-# Both compute in float64 (2e-16), in another order: sums over the ranks instead of over the width. The models are up to
-# six layers deep, and norms of small values lose two or three digits; on 2,000 models the largest difference that was
-# rounding is below 1e-11. What is wrong is so by about the size of the value.
+# Both compute in float64 (2e-16), in another order: sums over the ranks instead of over the width. The models are a few
+# layers deep, and norms of small values lose two or three digits. What is wrong is so by about the size of the value.
 RTOL = 1e-10
+NUDGE = 1e-14  # relative, of each weight: what this changes by more than RTOL, rounding may change too
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Found:
 
     seed: int
     tp: int
-    kind: str  # exact, refused, wrong, crash
+    kind: str  # exact, refused, void, wrong, crash
     reason: str = ""
     share: float = 0.0  # of its parameter bytes: sharded
     seconds: float = 0.0
@@ -54,6 +67,8 @@ def check(drawn: FuzzModel) -> Found:
     traced, other = drawn.inputs(), drawn.inputs(other=True)
     problems = Problems(rtol=RTOL)
     kind, reason, share = "exact", "", 0.0
+    if fault := unusable(drawn):
+        return Found(drawn.seed, drawn.tp, "void", fault)
     try:
         autotp.parallelize(model, example_inputs=traced)
     except AutoTPError as error:
@@ -72,5 +87,39 @@ def check(drawn: FuzzModel) -> Found:
         compare_passes(problems, "other inputs", model, reference, other, sharding)
         compare_state(problems, model, reference)
     if problems.found:
-        kind, reason = "wrong", "; ".join(problems.found[:4])
+        kind, reason = "wrong" if is_stable(drawn) else "void", "; ".join(problems.found[:4])
     return Found(drawn.seed, drawn.tp, kind, reason, share, time.monotonic() - start)
+
+
+def unusable(drawn: FuzzModel) -> str:
+    """Why the unsharded model cannot be trained; '' if it can."""
+    try:
+        passed(drawn.build(), drawn.inputs())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def is_stable(drawn: FuzzModel) -> bool:
+    """Whether the unsharded model, its weights changed by next to nothing, computes the same."""
+    generator = torch.Generator().manual_seed(drawn.seed)
+    nudged = drawn.build()
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.mul_(1 + NUDGE * noise)
+    problems = Problems(rtol=RTOL)
+    for inputs in (drawn.inputs(), drawn.inputs(other=True)):
+        for a, b in zip(passed(nudged, inputs), passed(drawn.build(), inputs), strict=True):
+            problems.close("", a, b)
+    return not problems.found
+
+
+def passed(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs, and the gradients of inputs and parameters."""
+    given = trainable(inputs)
+    model.zero_grad()
+    outputs = tensors_of(call(model, given))
+    loss_of(outputs).backward()
+    leaves = [*tensors_of(given), *model.parameters()]
+    return [t.detach() for t in outputs] + [t.grad.clone() for t in leaves if t.grad is not None]

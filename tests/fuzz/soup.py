@@ -280,7 +280,7 @@ def without_gradient(c: Code, v: Value) -> Value:
 
 def with_input(c: Code, v: Value) -> Value:
     """The module's input, which is whole, once more."""
-    return _made(c, f"{v.name} * x.mean(-1, keepdim=True)" + ".unsqueeze(-1)" * (len(v.dims) - 1), v.dims)
+    return _made(c, f"{v.name} * x.square().mean(-1, keepdim=True)" + ".unsqueeze(-1)" * (len(v.dims) - 1), v.dims)
 
 
 STEPS: dict[Step, float] = {

@@ -14,7 +14,7 @@ from tests.fuzz.models import draw_model
 BATCH = 8  # models of one degree that a pool gets at a time
 SECONDS = 60.0  # for one model
 
-_ORDER = ("exact", "refused", "wrong", "crash")
+_ORDER = ("exact", "refused", "void", "wrong", "crash")
 
 
 def batches(seeds: Sequence[int], tp: int | None = None, size: int = BATCH) -> list[tuple[int, list[int]]]:
