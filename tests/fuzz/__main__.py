@@ -73,8 +73,10 @@ def command(found: Found, fault: str | None = None) -> str:
 
 
 def summary(found: list[Found], seconds: float) -> Table:
-    """By degree: how many models ended how, and how much of them was sharded."""
-    table = Table("tp", "models", "exact", "refused", "void", "wrong", "crash", "replicated", "sharded bytes (mean)", "s/model",
+    """By degree: how many models ended how; of the exact ones, how many are replicated wholly and which share of their
+    bytes is sharded; and what one took, of all ranks together.
+    """
+    table = Table("tp", "models", "exact", "refused", "void", "wrong", "crash", "replicated", "sharded", "core s",
                   title=f"{len(found)} random models in {seconds:.0f} s")  # fmt: skip
     for tp in [*sorted({f.tp for f in found}), None]:
         part = [f for f in found if tp in (None, f.tp)]
@@ -82,7 +84,7 @@ def summary(found: list[Found], seconds: float) -> Table:
         kinds = Counter(f.kind for f in part)
         whole = sum(f.share == 0 for f in exact)
         mean = sum(f.share for f in exact) / max(1, len(exact))
-        slow = sum(f.seconds for f in part) / max(1, len(part))
+        slow = sum(f.cpu for f in part) / max(1, len(part))
         table.add_row("all" if tp is None else str(tp), str(len(part)), str(kinds["exact"]), str(kinds["refused"]), str(kinds["void"]),
                       str(kinds["wrong"]), str(kinds["crash"]), str(whole), f"{mean:.0%}", f"{slow:.2f}")  # fmt: skip
     return table

@@ -51,6 +51,7 @@ class Found:
     reason: str = ""
     share: float = 0.0  # of its parameter bytes: sharded
     seconds: float = 0.0
+    cpu: float = 0.0  # seconds of all ranks together
 
 
 def check_all(seeds: Sequence[int], tp: int, fault: str | None = None) -> list[Found]:
@@ -62,7 +63,7 @@ def check_all(seeds: Sequence[int], tp: int, fault: str | None = None) -> list[F
 
 def check(drawn: FuzzModel) -> Found:
     """Shard one model, and compare."""
-    start = time.monotonic()
+    start, worked = time.monotonic(), time.process_time()
     reference, model = drawn.build(), drawn.build()
     traced, other = drawn.inputs(), drawn.inputs(other=True)
     problems = Problems(rtol=RTOL)
@@ -88,7 +89,7 @@ def check(drawn: FuzzModel) -> Found:
         compare_state(problems, model, reference)
     if problems.found:
         kind, reason = "wrong" if is_stable(drawn) else "void", "; ".join(problems.found[:4])
-    return Found(drawn.seed, drawn.tp, kind, reason, share, time.monotonic() - start)
+    return Found(drawn.seed, drawn.tp, kind, reason, share, time.monotonic() - start, time.process_time() - worked)
 
 
 def unusable(drawn: FuzzModel) -> str:

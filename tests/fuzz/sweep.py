@@ -44,7 +44,8 @@ def _worst(ranks: Sequence[Found]) -> Found:
     kinds = {found.kind for found in ranks}
     if kinds == {"exact", "refused"}:
         return dataclasses.replace(ranks[0], kind="crash", reason="some ranks refuse the model, others do not")
-    return max(ranks, key=lambda found: _ORDER.index(found.kind))
+    worst = max(ranks, key=lambda found: _ORDER.index(found.kind))
+    return dataclasses.replace(worst, cpu=sum(found.cpu for found in ranks))
 
 
 def sweep(
