@@ -133,8 +133,9 @@ class Solver:
     def clone(self, dims: Sequence[Dim]) -> tuple[Dim, ...]:
         """Dims of the same sizes with atoms of their own, for one use of a value that is whole on every rank.
 
-        What is frozen stays frozen, and what varies varies. Structure is not kept: whichever slice the use needs can be cut from the
-        whole value. (ALiBi slopes of 6 heads are made as 4 and 2; that must not cut the heads so.)
+        What is frozen stays frozen, and what varies varies. Structure is not kept: whichever slice the use
+        needs can be cut from the whole value. (ALiBi slopes of 6 heads are made as 4 and 2; that must not cut
+        the heads so.)
         """
         clones = tuple(self.fresh(size_of(dim), frozen=self.is_frozen(dim)) for dim in dims)
         for dim, clone in zip(dims, clones, strict=True):

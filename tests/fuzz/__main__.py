@@ -35,12 +35,18 @@ from tests.fuzz.sweep import sweep
 @click.command(help=__doc__)
 @click.option("--models", default=100, show_default=True, help="How many.")
 @click.option("--seed", default=0, show_default=True, help="Of the first model.")
-@click.option("--tp", type=click.IntRange(2, 5), help="Every model over so many ranks; else the seed says it.")
+@click.option(
+    "--tp", type=click.IntRange(2, 5), help="Every model over so many ranks; else the seed says it."
+)
 @click.option("--jobs", default=2, show_default=True, help="Models at a time.")
 @click.option("--fault", type=click.Choice(sorted(FAULTS)), help="Plant a fault in autotp first.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+@click.option(
+    "--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here."
+)
 @click.option("--show", is_flag=True, help="Print the source of the seed's model, and stop.")
-def main(models: int, seed: int, tp: int | None, jobs: int, fault: str | None, out: Path | None, show: bool) -> None:
+def main(
+    models: int, seed: int, tp: int | None, jobs: int, fault: str | None, out: Path | None, show: bool
+) -> None:
     if show:
         click.echo(draw_model(seed, tp).text)
         return
@@ -76,8 +82,8 @@ def summary(found: list[Found], seconds: float) -> Table:
     """By degree: how many models ended how; of the exact ones, how many are replicated wholly and which share of their
     bytes is sharded; and what one took, of all ranks together.
     """
-    table = Table("tp", "models", "exact", "refused", "void", "wrong", "crash", "replicated", "sharded", "core s",
-                  title=f"{len(found)} random models in {seconds:.0f} s")  # fmt: skip
+    heads = ("tp", "models", "exact", "refused", "void", "wrong", "crash", "replicated", "sharded", "core s")
+    table = Table(*heads, title=f"{len(found)} random models in {seconds:.0f} s")
     for tp in [*sorted({f.tp for f in found}), None]:
         part = [f for f in found if tp in (None, f.tp)]
         exact = [f for f in part if f.kind == "exact"]

@@ -41,7 +41,13 @@ def attention(c: Code, width: int, memory: int | None = None) -> None:
         c.arguments.append("memory")
         q, k, v = _separate(c, heads, width, "memory", memory)
     else:
-        kinds = {"separate": 4.0, "fused": 3.0, "interleaved": 2.0, "einsum": 1.0, "stacked": 1.0 if kv == n else 0.0}
+        kinds = {
+            "separate": 4.0,
+            "fused": 3.0,
+            "interleaved": 2.0,
+            "einsum": 1.0,
+            "stacked": 1.0 if kv == n else 0.0,
+        }
         kind = draw.weighted(kinds)
         q, k, v = {
             "separate": lambda: _separate(c, heads, width, "x", width),
@@ -57,7 +63,11 @@ def attention(c: Code, width: int, memory: int | None = None) -> None:
         q, k = _rotary(c, heads, q, k)
     if draw.chance(0.08):
         q = c.let(f"{q} * {c.param('gain', n, 1)}", "q")
-    out = _linear_attention(c, heads, q, k, v) if draw.chance(0.12) else _core(c, heads, q, k, v, memory is not None)
+    out = (
+        _linear_attention(c, heads, q, k, v)
+        if draw.chance(0.12)
+        else _core(c, heads, q, k, v, memory is not None)
+    )
     if draw.chance(0.12):
         out = c.let(f"{out} * torch.sigmoid({c.linear('gate', width, n)}(x)).unsqueeze(-1)", "out")
     _output(c, heads, out, width)
@@ -101,17 +111,19 @@ def _fused(c: Code, h: Heads, width: int) -> tuple[str, str, str]:
     said_q, said_kv = f"{h.said_n} * {h.said_dim}", f"{h.said_kv} * {h.said_dim}"
     if c.draw.chance(0.3):
         said_q, said_kv = c.size("q_size", q_size), c.size("kv_size", kv_size)
+    said_v = f"({said_kv})"
     q, k, v = c.fresh("q"), c.fresh("k"), c.fresh("v")
     ways = [
         f"{q}, {k}, {v} = {qkv}.split([{said_q}, {said_kv}, {said_kv}], dim=-1)",
-        f"{q} = {qkv}[..., : {said_q}]; {k} = {qkv}[..., {said_q} : {said_q} + {said_kv}]; "
-        f"{v} = {qkv}[..., {said_q} + {said_kv} :]",
+        f"{q} = {qkv}[..., : {said_q}]; {k} = {qkv}[..., {said_q} : -{said_v}]; {v} = {qkv}[..., -{said_v} :]",
         f"{q} = {qkv}[..., : {said_q}]; {k}, {v} = {qkv}[..., {said_q} :].chunk(2, dim=-1)",
-        f"{q} = {qkv}.narrow(-1, 0, {said_q}); {k} = {qkv}.narrow(-1, {said_q}, {said_kv}); "
-        f"{v} = {qkv}.narrow(2, {said_q} + {said_kv}, {said_kv})",
+        f"{q} = {qkv}.narrow(-1, 0, {said_q}); {k}, {v} = {qkv}.narrow(2, {said_q}, 2 * {said_v}).chunk(2, dim=-1)",
     ]
     if h.n == h.kv:
-        ways += [f"{q}, {k}, {v} = {qkv}.chunk(3, dim=-1)", f"{q}, {k}, {v} = torch.split({qkv}, {said_q}, dim=2)"] * 2
+        ways += [
+            f"{q}, {k}, {v} = {qkv}.chunk(3, dim=-1)",
+            f"{q}, {k}, {v} = torch.split({qkv}, {said_q}, dim=2)",
+        ] * 2
         unbound = f"{q}, {k}, {v} = {qkv}.view(b, t, 3, {h.said_n}, {h.said_dim}).unbind(2)"
         permuted = f"{q}, {k}, {v} = {qkv}.reshape(b, t, 3, {h.said_n}, -1).permute(2, 0, 1, 3, 4)"
         if c.draw.chance(0.4):
@@ -136,7 +148,11 @@ def _interleaved(c: Code, h: Heads, width: int) -> tuple[str, str, str]:
             return tuple(c.let(f"{x}[..., {i}, :]", name) for i, name in enumerate("qkv"))  # type: ignore[return-value]
         x = c.let(f"{qkv}.view(b, t, {h.said_n}, 3 * {h.said_dim})", "fused")
         q, k, v = c.fresh("q"), c.fresh("k"), c.fresh("v")
-        c.do(c.draw.pick(f"{q}, {k}, {v} = {x}.chunk(3, dim=-1)", f"{q}, {k}, {v} = {x}.split({h.said_dim}, dim=-1)"))
+        c.do(
+            c.draw.pick(
+                f"{q}, {k}, {v} = {x}.chunk(3, dim=-1)", f"{q}, {k}, {v} = {x}.split({h.said_dim}, dim=-1)"
+            )
+        )
         return q, k, v
     x = c.let(f"{qkv}.view(b, t, {c.draw.pick(h.said_kv, '-1')}, {said_g} + 2, {h.said_dim})", "fused")
     way = c.draw.pick("slice", "index", "split")
@@ -148,7 +164,9 @@ def _interleaved(c: Code, h: Heads, width: int) -> tuple[str, str, str]:
         a, k, v = c.fresh("q"), c.fresh("k"), c.fresh("v")
         c.do(f"{a}, {k}, {v} = {x}.split([{said_g}, 1, 1], dim=3)")
         q, k, v = a, f"{k}.flatten(2, 3)", f"{v}.reshape(b, t, {h.said_kv}, -1)"
-    q = c.let(f"{q}.reshape(b, t, {h.said_n}, {h.said_dim})" if c.draw.chance(0.5) else f"{q}.flatten(2, 3)", "q")
+    q = c.let(
+        f"{q}.reshape(b, t, {h.said_n}, {h.said_dim})" if c.draw.chance(0.5) else f"{q}.flatten(2, 3)", "q"
+    )
     return q, c.let(k, "k"), c.let(v, "v")
 
 
@@ -165,7 +183,9 @@ def _einsum(c: Code, h: Heads, width: int) -> tuple[str, str, str]:
             )
         else:
             w = c.param(f"w_{name}", n * h.dim, width)
-            value = c.draw.pick(f"F.linear(x, {w})", f"(x @ {w}.t())", f"torch.matmul(x, {w}.transpose(0, 1))")
+            value = c.draw.pick(
+                f"F.linear(x, {w})", f"(x @ {w}.t())", f"torch.matmul(x, {w}.transpose(0, 1))"
+            )
             value = f"{value}.view(b, t, {said}, {h.said_dim})"
         out.append(c.let(value, name))
     return out[0], out[1], out[2]
@@ -219,7 +239,9 @@ def _rotary(c: Code, h: Heads, q: str, k: str) -> tuple[str, str]:
         cos = c.let("self.cos[:t].unsqueeze(1)", "cos")
         sin = c.let("self.sin[:t].unsqueeze(1)", "sin")
     else:
-        freqs = c.let(f"1.0 / 100 ** (torch.arange(0, {h.said_dim}, 2, dtype=x.dtype) / {h.said_dim})", "freqs")
+        freqs = c.let(
+            f"1.0 / 100 ** (torch.arange(0, {h.said_dim}, 2, dtype=x.dtype) / {h.said_dim})", "freqs"
+        )
         angles = c.let(f"torch.arange(t, dtype=x.dtype).unsqueeze(-1) * {freqs}", "angles")
         cos = c.let(f"{angles}.cos()[:, None, :]", "cos")
         sin = c.let(f"{angles}.sin()[:, None, :]", "sin")
@@ -290,13 +312,19 @@ def _core(c: Code, h: Heads, q: str, k: str, v: str, cross: bool) -> str:
     if way == "baddbmm":
         base = c.let(f"torch.zeros(1, 1, 1, dtype=x.dtype).expand(b * {h.said_n}, t, t)", "base")
         flat = [f"{y}.reshape(b * {h.said_n}, t, {h.said_dim})" for y in (q, k)]
-        scores = c.let(f"torch.baddbmm({base}, {flat[0]}, {flat[1]}.transpose(1, 2), alpha={scale})", "scores")
+        scores = c.let(
+            f"torch.baddbmm({base}, {flat[0]}, {flat[1]}.transpose(1, 2), alpha={scale})", "scores"
+        )
         scores = c.let(f"{scores}.view(b, {h.said_n}, t, t)", "scores")
     elif way == "einsum" and not (h.kv == 1 and h.n > 1):
         scores = c.let(f"torch.einsum('bhtd,bhsd->bhts', {q}, {k}) * {scale}", "scores")
     else:
-        turned = draw.pick(f"{k}.transpose(-2, -1)", f"{k}.mT", f"{k}.transpose(2, 3)", f"{k}.permute(0, 1, 3, 2)")
-        scores = c.let(draw.pick(f"{q} @ {turned} * {scale}", f"torch.matmul({q} * {scale}, {turned})"), "scores")
+        turned = draw.pick(
+            f"{k}.transpose(-2, -1)", f"{k}.mT", f"{k}.transpose(2, 3)", f"{k}.permute(0, 1, 3, 2)"
+        )
+        scores = c.let(
+            draw.pick(f"{q} @ {turned} * {scale}", f"torch.matmul({q} * {scale}, {turned})"), "scores"
+        )
     if added is not None:
         scores = c.let(f"{scores} + {added}", "scores")
     if draw.chance(0.1):
@@ -339,7 +367,9 @@ def _probabilities(c: Code, h: Heads, scores: str, cross: bool) -> str:
         sink = c.let(f"{c.param('sink', h.n)}.view(1, -1, 1, 1).expand(b, -1, t, 1)", "sink")
         return f"torch.cat([{scores}, {sink}], dim=-1).softmax(-1)[..., :-1]"
     return c.draw.pick(
-        f"F.softmax({scores}, dim=-1)", f"{scores}.softmax(dim=-1)", f"torch.softmax({scores}, -1, dtype=x.dtype)"
+        f"F.softmax({scores}, dim=-1)",
+        f"{scores}.softmax(dim=-1)",
+        f"torch.softmax({scores}, -1, dtype=x.dtype)",
     )
 
 
@@ -362,9 +392,8 @@ def _position_bias(c: Code, h: Heads, kind: str, k: str) -> str | None:
     table = c.attr("relative_bias", f"nn.Embedding({2 * LONGEST}, {h.n})")
     where = c.let("torch.arange(t)", "where")
     distance = c.let(f"{where}[None, :] - {where}[:, None] + {LONGEST}", "distance")
-    return c.let(
-        c.draw.pick(f"{table}({distance}).permute(2, 0, 1)", f"{table}({distance}).permute(2, 0, 1).unsqueeze(0)"), "bias"
-    )
+    looked_up = f"{table}({distance}).permute(2, 0, 1)"
+    return c.let(c.draw.pick(looked_up, f"{looked_up}.unsqueeze(0)"), "bias")
 
 
 def _linear_attention(c: Code, h: Heads, q: str, k: str, v: str) -> str:

@@ -89,7 +89,9 @@ def check(drawn: FuzzModel) -> Found:
         compare_state(problems, model, reference)
     if problems.found:
         kind, reason = "wrong" if is_stable(drawn) else "void", "; ".join(problems.found[:4])
-    return Found(drawn.seed, drawn.tp, kind, reason, share, time.monotonic() - start, time.process_time() - worked)
+    return Found(
+        drawn.seed, drawn.tp, kind, reason, share, time.monotonic() - start, time.process_time() - worked
+    )
 
 
 def unusable(drawn: FuzzModel) -> str:

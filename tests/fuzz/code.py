@@ -96,12 +96,22 @@ class Code:
 
     def batch_and_sequence(self) -> tuple[str, str]:
         """Names of the two leading sizes of x."""
-        self.do(self.draw.pick("b, t = x.shape[:2]", "b, t, _ = x.shape", "b, t, width = x.size()", "b = x.size(0); t = x.size(1)"))
+        ways = (
+            "b, t = x.shape[:2]",
+            "b, t, _ = x.shape",
+            "b, t, width = x.size()",
+            "b = x.size(0); t = x.size(1)",
+        )
+        self.do(self.draw.pick(*ways))
         return "b", "t"
 
     def text(self) -> str:
         """The class as source."""
         init = [f"        {line}" for line in self.init]
         body = [f"        {line}" for line in self.body]
-        head = [f"class {self.name}(nn.Module):", "    def __init__(self, config):", "        super().__init__()"]
+        head = [
+            f"class {self.name}(nn.Module):",
+            "    def __init__(self, config):",
+            "        super().__init__()",
+        ]
         return "\n".join([*head, *init, "", f"    def forward(self, {', '.join(self.arguments)}):", *body])

@@ -1,8 +1,8 @@
 """Faults to plant in autotp, each of which the fuzzer has to find.
 
 `parallelize` proves that the rewritten model does what was planned. A rule that is wrong makes a wrong plan, which is
-carried out and proven; a collective that is lost at run time is none of the proof's business. So neither is refused: both
-compute other numbers.
+carried out and proven; a collective that is lost at run time is none of the proof's business. So neither is refused:
+both compute other numbers.
 """
 
 from __future__ import annotations

@@ -14,14 +14,20 @@ def mlp(c: Code, width: int) -> None:
     act = draw.pick(*ACTS)
     if kind == "plain":
         h = c.let(f"{c.linear('up', width, inner)}(x)")
-        h = c.let(draw.pick(f"{act}({h})", f"{h}.relu_()", f"F.relu({h}, inplace=True)", f"{h}.relu().square()"))
+        h = c.let(
+            draw.pick(f"{act}({h})", f"{h}.relu_()", f"F.relu({h}, inplace=True)", f"{h}.relu().square()")
+        )
     elif kind == "gated":
         up, gate = c.linear("up", width, inner), c.linear("gate", width, inner)
-        h = c.let(draw.pick(f"{act}({gate}(x)) * {up}(x)", f"{up}(x) * {gate}(x).sigmoid()", f"{up}(x).mul({gate}(x))"))
+        ways = (f"{act}({gate}(x)) * {up}(x)", f"{up}(x) * {gate}(x).sigmoid()", f"{up}(x).mul({gate}(x))")
+        h = c.let(draw.pick(*ways))
     elif kind == "fused":
         h = _gate_up(c, width, inner, act)
     elif kind == "sequential":
-        layers = [f"nn.Linear({width}, {inner})", draw.pick("nn.GELU()", "nn.ReLU(inplace=True)", "nn.Tanh()")]
+        layers = [
+            f"nn.Linear({width}, {inner})",
+            draw.pick("nn.GELU()", "nn.ReLU(inplace=True)", "nn.Tanh()"),
+        ]
         if draw.chance(0.3):
             layers.append("nn.Dropout(0.1)")
         if draw.chance(0.3):
@@ -31,20 +37,29 @@ def mlp(c: Code, width: int) -> None:
         h = c.let(f"{c.attr('net', 'nn.Sequential(' + ', '.join(layers) + ')')}(x)")
     elif kind == "bare":
         w = c.param("w1", width, inner)
-        h = c.let(f"{act}(x @ {w} + {c.param('b1', inner)})" if draw.chance(0.5) else f"{act}(torch.matmul(x, {w}))")
+        h = c.let(
+            f"{act}(x @ {w} + {c.param('b1', inner)})" if draw.chance(0.5) else f"{act}(torch.matmul(x, {w}))"
+        )
     else:
         h = _segments(c, width, inner, act)
     extra = draw.weighted({"none": 5, "scale": 1, "norm": 1, "inplace": 1, "dropout": 1})
     if extra == "scale":
         h = c.let(f"{h} * {c.param('scale', inner)}")
     elif extra == "norm":
-        h = c.let(draw.pick(f"{c.attr('mid_norm', f'nn.LayerNorm({inner})')}({h})", f"rms_norm({h}, {c.param('mid', inner)})"))
+        h = c.let(
+            draw.pick(
+                f"{c.attr('mid_norm', f'nn.LayerNorm({inner})')}({h})",
+                f"rms_norm({h}, {c.param('mid', inner)})",
+            )
+        )
     elif extra == "inplace":
         h = c.let(f"{h} + 0")
         c.do(f"{h} *= 0.5" if draw.chance(0.5) else f"{h} += {c.param('shift', inner)}")
     elif extra == "dropout":
         h = c.let(f"{c.attr('drop', 'nn.Dropout(0.2)')}({h})")
-    down = f"{c.linear('down', inner, width)}({h})" if kind != "bare" else f"{h} @ {c.param('w2', inner, width)}"
+    down = (
+        f"{c.linear('down', inner, width)}({h})" if kind != "bare" else f"{h} @ {c.param('w2', inner, width)}"
+    )
     c.do(f"return {down}")
 
 
@@ -103,7 +118,10 @@ def experts(c: Code, width: int) -> None:
         listed = c.attr("experts", f"nn.ModuleList({one} for _ in range({count}))")
         out = c.fresh("out")
         c.do(draw.pick(f"{out} = 0", f"{out} = torch.zeros_like(x)"))
-        c.do(f"for i, expert in enumerate({listed}):", f"    {out} = {out} + expert(x) * {weights}[..., i : i + 1]")
+        c.do(
+            f"for i, expert in enumerate({listed}):",
+            f"    {out} = {out} + expert(x) * {weights}[..., i : i + 1]",
+        )
         c.do(f"return {out}")
         return
     up, down = c.param("w_up", count, width, inner), c.param("w_down", count, inner, width)
@@ -131,10 +149,14 @@ def convolution(c: Code, width: int) -> None:
     kind = draw.pick("depthwise", "grouped", "full", "causal")
     count = {"depthwise": inner, "grouped": groups, "full": 1, "causal": inner}[kind]
     padding = kernel - 1 if kind == "causal" else kernel // 2
-    made = f"nn.Conv1d({inner}, {inner}, {kernel}, padding={padding}, groups={count}, bias={draw.chance(0.5)})"
+    made = (
+        f"nn.Conv1d({inner}, {inner}, {kernel}, padding={padding}, groups={count}, bias={draw.chance(0.5)})"
+    )
     h = c.let(f"{c.attr('conv', made)}({h})" + ("[..., :x.shape[1]]" if kind == "causal" else ""))
     if draw.chance(0.4):
-        norm = draw.pick(f"nn.GroupNorm({groups}, {inner})", f"nn.GroupNorm({inner}, {inner})", f"nn.GroupNorm(1, {inner})")
+        norm = draw.pick(
+            f"nn.GroupNorm({groups}, {inner})", f"nn.GroupNorm({inner}, {inner})", f"nn.GroupNorm(1, {inner})"
+        )
         h = c.let(f"{c.attr('norm', norm)}({h})")
     h = c.let(f"{draw.pick(*ACTS)}({h}).transpose(1, 2)")
     c.do(f"return {c.linear('out_proj', inner, width)}({h})")
@@ -148,8 +170,14 @@ def scan(c: Code, width: int) -> None:
     said = c.size("inner", inner)
     if kind == "gated":
         c.do(f"u, g = {c.linear('in_proj', width, 2 * inner)}(x).chunk(2, dim=-1)", "g = torch.sigmoid(g)")
-        c.do(draw.pick(f"state = torch.zeros(x.shape[0], {said}, dtype=x.dtype)", "state = torch.zeros_like(u[:, 0])"))
-        c.do("out = []", "for i in range(x.shape[1]):", "    state = g[:, i] * state + (1 - g[:, i]) * u[:, i]")
+        c.do(
+            draw.pick(
+                f"state = torch.zeros(x.shape[0], {said}, dtype=x.dtype)", "state = torch.zeros_like(u[:, 0])"
+            )
+        )
+        c.do(
+            "out = []", "for i in range(x.shape[1]):", "    state = g[:, i] * state + (1 - g[:, i]) * u[:, i]"
+        )
         c.do("    out.append(state)", "y = torch.stack(out, dim=1)")
     elif kind == "state_space":
         n = draw.number(2, 4)
@@ -173,7 +201,10 @@ def scan(c: Code, width: int) -> None:
         w = c.let(f"torch.sigmoid({c.param('w', heads, dim)})", "w")
         c.do("state = 0", "out = []", "for i in range(x.shape[1]):")
         c.do(f"    state = state * {w}.unsqueeze(-1) + k[:, i].unsqueeze(-1) @ v[:, i].unsqueeze(-2)")
-        c.do("    out.append((r[:, i].unsqueeze(-2) @ state).squeeze(-2))", "y = torch.stack(out, 1).flatten(2)")
+        c.do(
+            "    out.append((r[:, i].unsqueeze(-2) @ state).squeeze(-2))",
+            "y = torch.stack(out, 1).flatten(2)",
+        )
     else:
         h = c.let(f"{c.linear('in_proj', width, inner)}(x)")
         c.do(f"y = {h}.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]")
@@ -186,16 +217,23 @@ def library(c: Code, width: int) -> None:
     """torch.nn's own layers."""
     draw = c.draw
     fits = [n for n in range(2, 7) if width % n == 0]
-    kind = draw.weighted({"attention": 3 if fits else 0, "encoder": 2 if fits else 0, "lstm": 0.5, "gru": 0.5})
+    kind = draw.weighted(
+        {"attention": 3 if fits else 0, "encoder": 2 if fits else 0, "lstm": 0.5, "gru": 0.5}
+    )
     if kind == "attention":
         mha = c.attr("mha", f"nn.MultiheadAttention({width}, {draw.pick(*fits)}, batch_first=True)")
-        mask = draw.pick("", ", attn_mask=torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), 1)")
-        c.do(draw.pick(f"return {mha}(x, x, x, need_weights=False{mask})[0]", f"out, _ = {mha}(x, x, x{mask})"))
+        mask = draw.pick(
+            "", ", attn_mask=torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), 1)"
+        )
+        c.do(
+            draw.pick(f"return {mha}(x, x, x, need_weights=False{mask})[0]", f"out, _ = {mha}(x, x, x{mask})")
+        )
         if not c.body[-1].startswith("return"):
             c.do("return out")
     elif kind == "encoder":
         first = draw.chance(0.5)
-        made = f"nn.TransformerEncoderLayer({width}, {draw.pick(*fits)}, {draw.number(5, 13)}, 0.0, batch_first=True, norm_first={first})"
+        sizes = f"{width}, {draw.pick(*fits)}, {draw.number(5, 13)}"
+        made = f"nn.TransformerEncoderLayer({sizes}, 0.0, batch_first=True, norm_first={first})"
         c.do(f"return {c.attr('layer', made)}(x)")
     else:
         made = f"nn.{kind.upper()}({width}, {width}, batch_first=True)"

@@ -21,7 +21,7 @@ from tests.fuzz.feedforward import convolution, experts, library, mlp, scan
 from tests.fuzz.soup import soup
 from tests.models.case import randomize
 
-HEADER = '''\
+HEADER = """\
 import math
 from types import SimpleNamespace
 
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         variance = x.pow(2).mean(-1, keepdim=True)
         return self.weight * (x * torch.rsqrt(variance + self.eps))
-'''
+"""
 
 TRACED = (3, 5)  # batch and sequence of the example inputs
 OTHER = (2, 7)
@@ -143,7 +143,7 @@ class _Writer:
         self.memory: int | None = None
 
     def model(self, seed: int, tp: int) -> FuzzModel:
-        draw, width = self.draw, self.width
+        draw = self.draw
         c = Code("Model", draw, self.config)
         c.arguments = []
         vocab = draw.number(7, 23)
@@ -162,7 +162,8 @@ class _Writer:
         training = not dropout and draw.chance(0.3)
         config = ", ".join(f"{key}={value}" for key, value in self.config.items())
         made = c.text().replace("def __init__(self, config):", "def __init__(self):")
-        made = made.replace("super().__init__()\n", f"super().__init__()\n        config = SimpleNamespace({config})\n", 1)
+        first = "super().__init__()\n"
+        made = made.replace(first, f"{first}        config = SimpleNamespace({config})\n", 1)
         about = f'"""Model {seed}, to be sharded over tp={tp}."""'
         text = "\n\n".join([f"{about}\n\n{HEADER}", *(f"{text}\n" for text in self.classes), made]) + "\n"
         return FuzzModel(seed, tp, text, tuple(self.takes), fixed, training)
@@ -175,8 +176,10 @@ class _Writer:
             c.arguments.append("tokens")
             self.takes.append(("tokens", vocab))
             c.attr("embed", f"nn.Embedding({vocab}, {width})")
-            scale = draw.pick("", "", f" * {width ** 0.5:.3f}", f" * math.sqrt({c.size('width', width)})")
-            return c.let(draw.pick(f"self.embed(tokens){scale}", f"F.embedding(tokens, self.embed.weight){scale}"), "x")
+            scale = draw.pick("", "", f" * {width**0.5:.3f}", f" * math.sqrt({c.size('width', width)})")
+            return c.let(
+                draw.pick(f"self.embed(tokens){scale}", f"F.embedding(tokens, self.embed.weight){scale}"), "x"
+            )
         c.arguments.append("x")
         c.fresh("x")
         if draw.chance(0.5):
@@ -194,7 +197,9 @@ class _Writer:
         if kind == "parameter":
             return c.let(f"{x} + {c.param('positions', LONGEST, self.width)}[: {x}.shape[1]]", "x")
         if kind == "sinusoid":
-            c.init.append(f"angles = torch.arange({LONGEST}.0)[:, None] * 0.3 ** torch.arange(0.0, {self.width})")
+            c.init.append(
+                f"angles = torch.arange({LONGEST}.0)[:, None] * 0.3 ** torch.arange(0.0, {self.width})"
+            )
             c.init.append("self.register_buffer('sinusoid', angles.sin())")
             return c.let(f"{x} + self.sinusoid[: {x}.size(1)]", "x")
         return x
@@ -206,10 +211,20 @@ class _Writer:
         kind = draw.weighted(kinds)
         classes = draw.number(5, 17)
         if kind == "hidden":
-            c.do(draw.pick(f"return {x}", f"return {{'hidden': {x}, 'pooled': {x}.mean(1)}}", f"return {x}, {x}[:, 0]"))
+            c.do(
+                draw.pick(
+                    f"return {x}",
+                    f"return {{'hidden': {x}, 'pooled': {x}.mean(1)}}",
+                    f"return {x}, {x}[:, 0]",
+                )
+            )
         elif kind == "head":
             head = c.linear("head", width, classes)
-            c.do(draw.pick(f"return {head}({x})", f"return {head}({x}), {x}", f"return {head}({x}).log_softmax(-1)"))
+            c.do(
+                draw.pick(
+                    f"return {head}({x})", f"return {head}({x}), {x}", f"return {head}({x}).log_softmax(-1)"
+                )
+            )
         elif kind == "pooled":
             pooled = draw.pick(f"{x}.mean(1)", f"{x}[:, 0]", f"{x}.amax(dim=1)", f"{x}[:, -1]")
             c.do(f"return {c.linear('classifier', width, classes)}({pooled})")
@@ -270,7 +285,8 @@ class _Writer:
         if self.draw.chance(0.2):  # with a name for what is kept, in several lines
             kept = c.let(x, "residual")
             h = c.let(self._called(c, x, used))
-            return c.let(self.draw.pick(f"{kept} + {h}", f"{h}.add_({kept})", f"torch.add({kept}, {h}, alpha=0.5)"), "x")
+            ways = (f"{kept} + {h}", f"{h}.add_({kept})", f"torch.add({kept}, {h}, alpha=0.5)")
+            return c.let(self.draw.pick(*ways), "x")
         return c.let(f"{x} + {self._called(c, x, used)}", "x")
 
     def _post(self, c: Code, x: str, used: list[tuple[str, bool]]) -> str:
@@ -296,7 +312,8 @@ class _Writer:
     def _into(self, c: Code, x: str, used: list[tuple[str, bool]]) -> str:
         h = c.let(self._called(c, x, used))
         y = c.let(f"{x} * 1.0" if self.draw.chance(0.5) else f"{x}.clone()", "x")
-        c.do(self.draw.pick(f"{y} += {h}", f"{y}.add_({h})", f"{y}[:, 1:] += {h}[:, :-1]", f"{y}[:, ::2] = {h}[:, ::2]"))
+        ways = (f"{y} += {h}", f"{y}.add_({h})", f"{y}[:, 1:] += {h}[:, :-1]", f"{y}[:, ::2] = {h}[:, ::2]")
+        c.do(self.draw.pick(*ways))
         return y
 
     def _listed(self, c: Code, x: str, used: list[tuple[str, bool]]) -> str:

@@ -42,7 +42,9 @@ def soup(c: Code, width: int) -> None:
             mixed = [v for v in values if v is not value and v.dims == value.dims]
             if mixed and draw.chance(0.3):
                 other = draw.pick(*mixed)
-                text = draw.pick("{} + {}", "{} * {}", "torch.maximum({}, {})", "{} - 0.5 * {}", "torch.lerp({}, {}, 0.3)")
+                text = draw.pick(
+                    "{} + {}", "{} * {}", "torch.maximum({}, {})", "{} - 0.5 * {}", "torch.lerp({}, {}, 0.3)"
+                )
                 made = Value(c.let(text.format(value.name, other.name)), value.dims)
             else:
                 made = draw.weighted(STEPS)(c, value)
@@ -52,7 +54,11 @@ def soup(c: Code, width: int) -> None:
     size = 1
     for dim in last.dims:
         size *= dim
-    h = last.name if len(last.dims) == 1 else c.let(f"{last.name}.{draw.pick('flatten(2)', 'reshape(b, t, -1)')}")
+    h = (
+        last.name
+        if len(last.dims) == 1
+        else c.let(f"{last.name}.{draw.pick('flatten(2)', 'reshape(b, t, -1)')}")
+    )
     c.do(f"return {c.linear('outward', size, width)}({h})")
 
 
@@ -66,7 +72,16 @@ def activation(c: Code, v: Value) -> Value:
 
 def scaled(c: Code, v: Value) -> Value:
     w = c.param("w", v.last)
-    return _made(c, c.draw.pick(f"{v.name} * {w}", f"{v.name} + {w}", f"{v.name} * (1 + {w}.tanh())", f"torch.addcmul({v.name}, {v.name}, {w})"), v.dims)  # fmt: skip
+    return _made(
+        c,
+        c.draw.pick(
+            f"{v.name} * {w}",
+            f"{v.name} + {w}",
+            f"{v.name} * (1 + {w}.tanh())",
+            f"torch.addcmul({v.name}, {v.name}, {w})",
+        ),
+        v.dims,
+    )
 
 
 def in_place(c: Code, v: Value) -> Value | None:
@@ -92,7 +107,9 @@ def half_rotated(c: Code, v: Value) -> Value | None:
         return None
     a, g = c.fresh("a"), c.fresh("g")
     c.do(f"{a}, {g} = {v.name}.chunk(2, dim=-1)")
-    return _made(c, c.draw.pick(f"torch.cat([-{g}, {a}], dim=-1)", f"torch.cat(({a} * {g}, {g}), -1)"), v.dims, True)
+    return _made(
+        c, c.draw.pick(f"torch.cat([-{g}, {a}], dim=-1)", f"torch.cat(({a} * {g}, {g}), -1)"), v.dims, True
+    )
 
 
 def sliced(c: Code, v: Value) -> Value | None:
@@ -121,7 +138,9 @@ def moved(c: Code, v: Value) -> Value:
         f"{v.name}.flip(1)",
         f"F.pad({v.name}, ({'0, 0, ' * len(v.dims)}1, 0))[:, :-1]",
         f"{v.name}[..., torch.arange({v.last} - 1, -1, -1)]",
-        f"torch.cat([{v.name}[..., {k}:], {v.name}[..., :{k}]], dim=-1)" if v.last > 3 else f"{v.name}.flip(-1)",
+        f"torch.cat([{v.name}[..., {k}:], {v.name}[..., :{k}]], dim=-1)"
+        if v.last > 3
+        else f"{v.name}.flip(-1)",
     )
     return _made(c, text, v.dims)
 
@@ -129,13 +148,23 @@ def moved(c: Code, v: Value) -> Value:
 def along(c: Code, v: Value) -> Value:
     """Ops that need a dim whole, and keep it."""
     text = c.draw.pick(
-        "{}.cumsum(1)", "{}.cumsum(-1)", "{}.softmax(-1)", "{}.softmax(1)", "F.normalize({}, dim=-1)",
-        "{}.sort(dim=-1).values", "{0} - {0}.mean(-1, keepdim=True)", "{0} / {0}.abs().amax(-1, keepdim=True)",
-        "{0} * torch.rsqrt({0}.pow(2).mean(-1, keepdim=True) + 1e-3)", "{0} / ({0}.std(-1, keepdim=True) + 0.1)",
-        "{0} / (1 + {0}.norm(dim=-1, keepdim=True))", "{0} - torch.logsumexp({0}, -1, keepdim=True)",
-        "{0} - {0}.sum(-1, keepdim=True) / {0}.shape[-1]", "{0} / (1 + {0}.var(-1, unbiased=False, keepdim=True)).sqrt()",
-        "{0} * {0}.detach().abs().mean(-1, keepdim=True)", "F.layer_norm({0}, {0}.shape[-1:])",
-    )  # fmt: skip
+        "{}.cumsum(1)",
+        "{}.cumsum(-1)",
+        "{}.softmax(-1)",
+        "{}.softmax(1)",
+        "F.normalize({}, dim=-1)",
+        "{}.sort(dim=-1).values",
+        "{0} - {0}.mean(-1, keepdim=True)",
+        "{0} / {0}.abs().amax(-1, keepdim=True)",
+        "{0} * torch.rsqrt({0}.pow(2).mean(-1, keepdim=True) + 1e-3)",
+        "{0} / ({0}.std(-1, keepdim=True) + 0.1)",
+        "{0} / (1 + {0}.norm(dim=-1, keepdim=True))",
+        "{0} - torch.logsumexp({0}, -1, keepdim=True)",
+        "{0} - {0}.sum(-1, keepdim=True) / {0}.shape[-1]",
+        "{0} / (1 + {0}.var(-1, unbiased=False, keepdim=True)).sqrt()",
+        "{0} * {0}.detach().abs().mean(-1, keepdim=True)",
+        "F.layer_norm({0}, {0}.shape[-1:])",
+    )
     return _made(c, text.format(v.name), v.dims)
 
 
@@ -144,7 +173,15 @@ def reduced(c: Code, v: Value) -> Value | None:
         return None
     d, gone = c.draw.pick((-1, v.dims[-1]), (-2, v.dims[-2]))
     dims = v.dims[:-1] if d == -1 else (*v.dims[:-2], v.dims[-1])
-    text = c.draw.pick("{}.sum({})", "{}.mean({})", "{}.amax({})", "{}.logsumexp({})", "{}.max({}).values", "{}.std({})", "{}.prod({})")
+    text = c.draw.pick(
+        "{}.sum({})",
+        "{}.mean({})",
+        "{}.amax({})",
+        "{}.logsumexp({})",
+        "{}.max({}).values",
+        "{}.std({})",
+        "{}.prod({})",
+    )
     if gone == 1:
         text = "{}.sum({})"
     return _made(c, text.format(v.name, d), dims)
@@ -159,8 +196,13 @@ def grouped(c: Code, v: Value) -> Value | None:
     m = v.last // g
     said = c.draw.pick(str(g), c.size("groups", g))
     lead = "".join(f"{d}, " for d in v.dims[:-1])
-    text = c.draw.pick(f"{v.name}.view(b, t, {lead}{said}, -1)" if v.computed else f"{v.name}.reshape(b, t, {lead}{said}, -1)",
-                       f"{v.name}.unflatten(-1, ({said}, {m}))", f"{v.name}.unflatten(-1, (-1, {m}))")  # fmt: skip
+    text = c.draw.pick(
+        f"{v.name}.view(b, t, {lead}{said}, -1)"
+        if v.computed
+        else f"{v.name}.reshape(b, t, {lead}{said}, -1)",
+        f"{v.name}.unflatten(-1, ({said}, {m}))",
+        f"{v.name}.unflatten(-1, (-1, {m}))",
+    )
     return _made(c, text, (*v.dims[:-1], g, m))
 
 
@@ -174,18 +216,33 @@ def flattened(c: Code, v: Value) -> Value | None:
 def turned(c: Code, v: Value) -> Value | None:
     if len(v.dims) < 2:
         return None
-    return _made(c, c.draw.pick(f"{v.name}.transpose(-1, -2)", f"{v.name}.mT", f"{v.name}.swapdims(-2, -1)"),
-                 (*v.dims[:-2], v.dims[-1], v.dims[-2]))  # fmt: skip
+    return _made(
+        c,
+        c.draw.pick(f"{v.name}.transpose(-1, -2)", f"{v.name}.mT", f"{v.name}.swapdims(-2, -1)"),
+        (*v.dims[:-2], v.dims[-1], v.dims[-2]),
+    )
 
 
 def projected(c: Code, v: Value) -> Value:
     m = c.draw.number(4, 14)
     if len(v.dims) == 2 and c.draw.chance(0.4):  # a weight for each group
         w = c.param("w", v.dims[0], v.last, m)
-        return _made(c, c.draw.pick(f"torch.einsum('btgm,gmk->btgk', {v.name}, {w})", f"({v.name}.unsqueeze(-2) @ {w}).squeeze(-2)"), (v.dims[0], m), True)  # fmt: skip
+        return _made(
+            c,
+            c.draw.pick(
+                f"torch.einsum('btgm,gmk->btgk', {v.name}, {w})",
+                f"({v.name}.unsqueeze(-2) @ {w}).squeeze(-2)",
+            ),
+            (v.dims[0], m),
+            True,
+        )
     w = c.param("w", m, v.last)
-    text = c.draw.pick(f"F.linear({v.name}, {w})", f"{v.name} @ {w}.T", f"torch.einsum('...n,kn->...k', {v.name}, {w})",
-                       f"{c.linear('proj', v.last, m)}({v.name})")  # fmt: skip
+    text = c.draw.pick(
+        f"F.linear({v.name}, {w})",
+        f"{v.name} @ {w}.T",
+        f"torch.einsum('...n,kn->...k', {v.name}, {w})",
+        f"{c.linear('proj', v.last, m)}({v.name})",
+    )
     return _made(c, text, (*v.dims[:-1], m), True)
 
 
@@ -197,10 +254,16 @@ def stacked(c: Code, v: Value) -> Value | None:
         (f"torch.stack([{v.name}, -{v.name}], dim=-1)", (*v.dims, 2)),
         (f"torch.stack([{v.name}, {v.name} * 2], dim=-1).flatten(-2)", (*v.dims[:-1], 2 * v.last)),
         (f"torch.cat([{v.name}, {v.name}.tanh()], dim=-1)", (*v.dims[:-1], 2 * v.last)),
-        (f"torch.cat([{v.name}, {v.name}.new_ones({v.name}.shape)[..., :1]], dim=-1)", (*v.dims[:-1], v.last + 1)),
+        (
+            f"torch.cat([{v.name}, {v.name}.new_ones({v.name}.shape)[..., :1]], dim=-1)",
+            (*v.dims[:-1], v.last + 1),
+        ),
         (f"{v.name}.repeat_interleave({k}, dim=-1)", (*v.dims[:-1], k * v.last)),
         (f"{v.name}.repeat({'1, ' * (len(v.dims) + 1)}{k})", (*v.dims[:-1], k * v.last)),
-        (f"{v.name}.unsqueeze(-1).expand({'-1, ' * (len(v.dims) + 2)}{k}).flatten(-2)", (*v.dims[:-1], k * v.last)),
+        (
+            f"{v.name}.unsqueeze(-1).expand({'-1, ' * (len(v.dims) + 2)}{k}).flatten(-2)",
+            (*v.dims[:-1], k * v.last),
+        ),
         (f"F.pad({v.name}, (1, 2))", (*v.dims[:-1], v.last + 3)),
     )
     return _made(c, text, dims)
@@ -221,24 +284,36 @@ def pairwise(c: Code, v: Value) -> Value | None:
 def fill(c: Code, v: Value) -> Value:
     """Constants as wide as the value."""
     text = c.draw.pick(
-        "{0} + torch.arange({0}.shape[-1]) * 0.1", "{0} * torch.ones({0}.shape[-1], dtype={0}.dtype)",
-        "{0} + torch.linspace(0, 1, {0}.size(-1), dtype={0}.dtype)", "{0} + torch.zeros_like({0})",
-        "{0} @ torch.eye({0}.shape[-1], dtype={0}.dtype)", "{0} * torch.full_like({0}, 0.3)",
+        "{0} + torch.arange({0}.shape[-1]) * 0.1",
+        "{0} * torch.ones({0}.shape[-1], dtype={0}.dtype)",
+        "{0} + torch.linspace(0, 1, {0}.size(-1), dtype={0}.dtype)",
+        "{0} + torch.zeros_like({0})",
+        "{0} @ torch.eye({0}.shape[-1], dtype={0}.dtype)",
+        "{0} * torch.full_like({0}, 0.3)",
         "{0} @ torch.ones({0}.shape[-1], {0}.shape[-1], dtype={0}.dtype).tril()",
-        "{0}.masked_fill(torch.arange({0}.shape[-1]) < 3, 0.0)", "torch.where({0} > 0, {0}, 0.1 * {0})",
-        "{0}.clamp(-1.0, 1.0)", "{0}.to(torch.float64)", "torch.zeros_like({0}).copy_({0})", "{0}.clone()",
-    )  # fmt: skip
+        "{0}.masked_fill(torch.arange({0}.shape[-1]) < 3, 0.0)",
+        "torch.where({0} > 0, {0}, 0.1 * {0})",
+        "{0}.clamp(-1.0, 1.0)",
+        "{0}.to(torch.float64)",
+        "torch.zeros_like({0}).copy_({0})",
+        "{0}.clone()",
+    )
     return _made(c, text.format(v.name), v.dims)
 
 
 def measured(c: Code, v: Value) -> Value:
     """Numbers and branches that depend on a width: on a rank it is another one."""
     text = c.draw.pick(
-        "{0} * {0}.shape[-1] ** -0.5", "{0} / math.sqrt({0}.size(-1))", "{0} / len({0}[0, 0])",
-        "{0} * (2.0 if {0}.shape[-1] > 4 else 0.5)", "{0} * ({0}.numel() / x.numel())",
-        "{0} * min({0}.shape)", "({0}.tanh() if {0}.shape[-1] % 2 == 0 else {0} * 2)",
-        "sum({0}[..., i : i + 1] for i in range({0}.shape[-1])) * {0}", "{0} * (1.0 / {0}.shape[-1])",
-    )  # fmt: skip
+        "{0} * {0}.shape[-1] ** -0.5",
+        "{0} / math.sqrt({0}.size(-1))",
+        "{0} / len({0}[0, 0])",
+        "{0} * (2.0 if {0}.shape[-1] > 4 else 0.5)",
+        "{0} * ({0}.numel() / x.numel())",
+        "{0} * min({0}.shape)",
+        "({0}.tanh() if {0}.shape[-1] % 2 == 0 else {0} * 2)",
+        "sum({0}[..., i : i + 1] for i in range({0}.shape[-1])) * {0}",
+        "{0} * (1.0 / {0}.shape[-1])",
+    )
     return _made(c, text.format(v.name), v.dims)
 
 
@@ -274,17 +349,37 @@ def picked(c: Code, v: Value) -> Value | None:
 
 def without_gradient(c: Code, v: Value) -> Value:
     s = c.fresh("s")
-    c.do("with torch.no_grad():", f"    {s} = {v.name}.{c.draw.pick('abs().mean()', 'sum(-1, keepdim=True)', 'sigmoid()', 'amax()')}")
+    measure = c.draw.pick("abs().mean()", "sum(-1, keepdim=True)", "sigmoid()", "amax()")
+    c.do("with torch.no_grad():", f"    {s} = {v.name}.{measure}")
     return _made(c, f"{v.name} * (0.1 + 0.1 * {s})", v.dims)
 
 
 def with_input(c: Code, v: Value) -> Value:
     """The module's input, which is whole, once more."""
-    return _made(c, f"{v.name} * x.square().mean(-1, keepdim=True)" + ".unsqueeze(-1)" * (len(v.dims) - 1), v.dims)
+    return _made(
+        c, f"{v.name} * x.square().mean(-1, keepdim=True)" + ".unsqueeze(-1)" * (len(v.dims) - 1), v.dims
+    )
 
 
 STEPS: dict[Step, float] = {
-    activation: 3, scaled: 2, in_place: 3, half_rotated: 2, sliced: 3, moved: 1.5, along: 2, reduced: 2, grouped: 4,
-    flattened: 1.5, turned: 1.5, projected: 3, stacked: 2.5, pairwise: 0.7, fill: 2, measured: 1.5, piecewise: 1.5,
-    picked: 0.7, without_gradient: 0.8, with_input: 1.2,
-}  # fmt: skip
+    activation: 3,
+    scaled: 2,
+    in_place: 3,
+    half_rotated: 2,
+    sliced: 3,
+    moved: 1.5,
+    along: 2,
+    reduced: 2,
+    grouped: 4,
+    flattened: 1.5,
+    turned: 1.5,
+    projected: 3,
+    stacked: 2.5,
+    pairwise: 0.7,
+    fill: 2,
+    measured: 1.5,
+    piecewise: 1.5,
+    picked: 0.7,
+    without_gradient: 0.8,
+    with_input: 1.2,
+}

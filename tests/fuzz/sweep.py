@@ -43,14 +43,14 @@ def run_batch(pool: Pool, tp: int, seeds: Sequence[int], fault: str | None = Non
 def _worst(ranks: Sequence[Found]) -> Found:
     kinds = {found.kind for found in ranks}
     if kinds == {"exact", "refused"}:
-        return dataclasses.replace(ranks[0], kind="crash", reason="some ranks refuse the model, others do not")
+        return dataclasses.replace(
+            ranks[0], kind="crash", reason="some ranks refuse the model, others do not"
+        )
     worst = max(ranks, key=lambda found: _ORDER.index(found.kind))
     return dataclasses.replace(worst, cpu=sum(found.cpu for found in ranks))
 
 
-def sweep(
-    seeds: Sequence[int], tp: int | None, jobs: int, fault: str | None = None
-) -> Iterator[list[Found]]:
+def sweep(seeds: Sequence[int], tp: int | None, jobs: int, fault: str | None = None) -> Iterator[list[Found]]:
     """Results as they come, ``jobs`` batches at a time."""
     pools = threading.local()
     made: list[Pool] = []

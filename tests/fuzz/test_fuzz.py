@@ -75,7 +75,10 @@ def test_one_seed_is_one_model() -> None:
     assert all(a.equal(b) for a, b in zip(first.inputs(), again.inputs(), strict=True))
     pairs = zip(first.build().parameters(), again.build().parameters(), strict=True)
     assert all(a.equal(b) for a, b in pairs)
-    assert draw_model(3, tp=5).tp == 5 and draw_model(3, tp=5).text.split("\n", 1)[1] == first.text.split("\n", 1)[1]
+    assert (
+        draw_model(3, tp=5).tp == 5
+        and draw_model(3, tp=5).text.split("\n", 1)[1] == first.text.split("\n", 1)[1]
+    )
 
 
 def test_every_part_and_every_step_is_drawn() -> None:
@@ -84,9 +87,10 @@ def test_every_part_and_every_step_is_drawn() -> None:
     for part in PARTS:
         assert f"class {part.__name__.capitalize()}" in text
     for piece in (
-        "nn.MultiheadAttention", "nn.GroupNorm", "enable_gqa=True", "relative_bias", "rotate_half(", "slopes", "torch.baddbmm",
-        "nn.ModuleList", ".topk(", "groups=", "for i in range(x.shape[1])", "self.embed.weight", "setattr(owner", "+=",
-        "chunk(3", "unflatten", "einsum", "cumsum", "torch.no_grad()", "if ", "sinusoid", "SimpleNamespace(",
+        "nn.MultiheadAttention", "nn.GroupNorm", "enable_gqa=True", "relative_bias", "rotate_half(", "slopes",
+        "torch.baddbmm", "nn.ModuleList", ".topk(", "groups=", "for i in range(x.shape[1])", "self.embed.weight",
+        "setattr(owner", "+=", "chunk(3", "unflatten", "einsum", "cumsum", "torch.no_grad()", "if ", "sinusoid",
+        "SimpleNamespace(",
     ):  # fmt: skip
         assert piece in text, piece
     assert {model.tp for model in models} == set(DEGREES)
