@@ -28,13 +28,21 @@ class PlanError(AutoTPError):
 class RewriteError(AutoTPError):
     """The planned sharding cannot be expressed in the model's code.
 
-    ``module`` (its fqn) is where, and ``keys`` which axes stand in the way, as far as that is known.
+    ``module`` (its fqn) is where, ``keys`` which axes stand in the way, and ``sites`` which expressions of the source
+    cannot be patched as planned (so others may do), as far as that is known.
     """
 
-    def __init__(self, text: str, module: str | None = None, keys: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        text: str,
+        module: str | None = None,
+        keys: frozenset[str] = frozenset(),
+        sites: frozenset[object] = frozenset(),
+    ) -> None:
         super().__init__(text)
         self.module = module
         self.keys = keys
+        self.sites = sites
 
 
 class VerifyError(RewriteError):

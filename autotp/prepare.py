@@ -89,11 +89,12 @@ def prepare(
     anchors = Anchors(traces[0])
     allow, require = overrides.apply(analysis, folds, model, tp)
     excluded: dict[str, str] = {}
+    barred: frozenset[object] = frozenset()
     for _ in range(MOST_ATTEMPTS):
         choice = choose(
             analysis,
             tp,
-            places=anchors.places(),
+            places=anchors.places(barred),
             allow=lambda c: c.key not in excluded and allow(c),
             require=require,
         )
@@ -111,6 +112,9 @@ def prepare(
         if failure is None:
             assert rewriting is not None
             break
+        if failure.sites - barred:
+            barred |= failure.sites
+            continue
         culprits = _culprits(analysis, choice, failure)
         if strict or not culprits:
             raise failure

@@ -33,13 +33,19 @@ from autotp.axes.rules.registry import (
     is_tensor_node,
     output_shapes,
 )
-from autotp.axes.term import Atom, CannotUnify, Dim, Solver, atoms_of, repeated_atoms
+from autotp.axes.term import Atom, CannotUnify, Cat, Dim, Solver, atoms_of, repeated_atoms
 from autotp.errors import RuleError
+from autotp.trace.provenance import Dim as Size
+from autotp.trace.provenance import Expr, expression
+from autotp.trace.provenance import Op as Computed
 
 if TYPE_CHECKING:
     from autotp.trace.graph import Trace
 
 __all__ = ["Analysis", "Linear", "Note", "OpInfo", "Operand", "analyse", "repeated_atoms"]
+
+
+_CUTS = frozenset(("aten.slice.Tensor", "aten.slice_copy.Tensor", "aten.narrow.default", "aten.narrow_copy.default"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,10 @@ class _Walk:
                 self.op(node)
         for node in self.ops:
             self.hold_mutated(node)
+            self.hold_cut(node)
+        for node in params:
+            for dim in self.dims[node][0]:
+                self.hold_rest(dim)
         for node, outputs in self.dims.items():
             if node not in self.derived:
                 for dims in outputs:
@@ -137,12 +147,11 @@ class _Walk:
         outputs = []
         for value, shape in zip(values, output_shapes(node), strict=True):
             floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-            outputs.append(
-                tuple(
-                    self.solver.fresh(n, frozen=is_input and not (floating and d == len(shape) - 1))
-                    for d, n in enumerate(shape)
-                )
-            )
+            dims = tuple(self.solver.fresh(n) for n in shape)
+            for d, dim in enumerate(dims):
+                if is_input and not (floating and d == len(shape) - 1):
+                    self.solver.vary(dim)
+            outputs.append(dims)
         self.dims[node] = tuple(outputs)
 
     def consume(self, user: fx.Node, node: fx.Node) -> tuple[tuple[Dim, ...], ...]:
@@ -220,6 +229,36 @@ class _Walk:
                                 self.solver.freeze(dim)
             if arg in self.ops:
                 queue += [(arg, base) for base, _ in aliased_args(arg)]
+
+    def hold_cut(self, node: fx.Node) -> None:
+        """``table[:t]``: where a dim is cut at a place that each call says anew, no part of it is an axis.
+
+        What is traced with 5 of 11 positions would have its other 6 sharded, which a longer sequence then needs.
+        """
+        call = node.meta.get("call")
+        if node not in self.derived or str(node.target) not in _CUTS or call is None:
+            return
+        cuts = {a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int)}
+        if any(value in cuts and self.depends_on_call(expression(value)) for _, value in call.ints):
+            operand = self.ops[node].operands[0]
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            assert isinstance(dim, int)
+            self.solver.freeze(self.dims[operand.node][operand.output][dim])
+
+    def depends_on_call(self, expr: Expr) -> bool:
+        """Whether a number is computed from a size that varies."""
+        if isinstance(expr, Size):
+            return expr.node in self.dims and self.solver.varies(self.dims[expr.node][0][expr.dim])
+        return isinstance(expr, Computed) and any(map(self.depends_on_call, expr.args))
+
+    def hold_rest(self, dim: Dim) -> None:
+        """``(t | rest)``: with one part of as many elements as the call has positions, the others are what is left."""
+        for factor in self.solver.resolve(dim):
+            if isinstance(factor, Cat):
+                if any(self.solver.varies(part) for part in factor.parts):
+                    self.solver.freeze((factor,))
+                for part in factor.parts:
+                    self.hold_rest(part)
 
     def sizes(self, dims: Iterable[Dim]) -> list[int]:
         return [self.solver.size(dim) for dim in dims]

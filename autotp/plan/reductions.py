@@ -30,6 +30,7 @@ from typing import Any
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
+from ..axes.layout import Partition, common_parts
 from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, sharded_share
@@ -151,6 +152,8 @@ class Flow:
         self.differentiable = self._differentiable()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
+        self._dtypes = {node: _dtype(node) for node in analysis.dims}
+        self._sum_cost = {node: all_reduce_cost(node) for node in analysis.dims}.__getitem__
         self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
         self._held: dict[fx.Node, frozenset[Atom]] = {}
         self._dims_atoms = {
@@ -206,11 +209,12 @@ class Flow:
         """
         sharded = frozenset(a for c in chosen for a in c.atoms)
         pairs = {c.atoms[0]: c.atoms[1] for c in chosen if len(c.atoms) == 2}
+        partition = Partition({a.id: r for c in chosen for a, r in zip(c.atoms, c.ranges, strict=True)})
         conversions = tuple(self._conversions(sharded))
         self._check_contractions(sharded, pairs)
         close = self._closed(sharded, conversions) if gradients else frozenset()
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        fixed = sum(gathers.values()) + sum(map(all_reduce_cost, close))
+        fixed = sum(gathers.values()) + sum(map(self._sum_cost, close))
         best: Communication | None = None
         seen: set[tuple[frozenset[fx.Node], frozenset[Edge]]] = set()
         failure = PlanError("no way to sum")
@@ -225,7 +229,9 @@ class Flow:
                 sync: frozenset[fx.Node] = frozenset()
                 if gradients:
                     flowing = forward.partial - forward.reduce
-                    enter, sync, back = self._backward(sharded, pairs, flowing, forward.masked, conversions, close)
+                    enter, sync, back = self._backward(
+                        sharded, pairs, partition, flowing, forward.masked, conversions, close
+                    )
                     price += back
             except PlanError as error:
                 failure = error
@@ -330,7 +336,7 @@ class Flow:
             info = ops[edge.consumer]
             if info.mutates is not None or (edge.producer, edge.consumer) in converted:
                 return False
-            if self.held_by_op(edge.consumer, sharded) or _dtype(edge.producer) != _dtype(edge.consumer):
+            if self.held_by_op(edge.consumer, sharded) or self._dtypes[edge.producer] != self._dtypes[edge.consumer]:
                 return False  # a sum is taken in the dtype in which it arose: rounding is not linear
             if info.linear.kind == "add":
                 return (not info.linear.of or edge.operand in info.linear.of) and all(
@@ -357,7 +363,7 @@ class Flow:
         while frontier:
             node = frontier.pop()
             willing = self.places.reduce(node)
-            cut.vertex(node, None if willing is None else all_reduce_cost(node) + willing)
+            cut.vertex(node, None if willing is None else self._sum_cost(node) + willing)
             whole = node in self.output_nodes or (node, None) in converted
             for edge in self.uses[node]:
                 if accepts(edge):
@@ -378,7 +384,7 @@ class Flow:
             for node in partial
             for j, o in enumerate(ops[node].operands)
             if (node not in sources and ops[node].linear.kind == "add" and o.node not in unreduced)
-            or j in ops[node].added
+            or j in ops[node].added  # a bias: of a contraction, or of a linear layer that a Partial passes through
         )
         return Forward(reduce, partial, masked, cost)
 
@@ -388,6 +394,7 @@ class Flow:
         self,
         sharded: frozenset[Atom],
         pairs: dict[Atom, Atom],
+        partition: Partition,
         flowing: frozenset[fx.Node],
         masked: frozenset[Edge],
         conversions: tuple[Conversion, ...],
@@ -432,7 +439,7 @@ class Flow:
             if node in mixed:
                 return False
             inputs = [o.node for o in ops[node].operands if o.node in self.differentiable]
-            casts = any(_dtype(i) != _dtype(node) for i in inputs)
+            casts = any(self._dtypes[i] != self._dtypes[node] for i in inputs)
             picks = (
                 len(inputs) == 1 and inputs[0] in mixed
             )  # takes the common part out of a partly common value
@@ -451,7 +458,7 @@ class Flow:
             is_param = node in self.params
             willing = 0 if is_param else self.places.enter(node)
             barred = node in mixed or willing is None
-            price = self._sync_cost(node, sharded) if is_param else all_reduce_cost(node)
+            price = self._sync_cost(node, sharded) if is_param else self._sum_cost(node)
             cut.vertex(node, None if barred else price + (willing or 0))
             if node in mixed:
                 cut.start(node)
@@ -486,6 +493,8 @@ class Flow:
                 enter[node] = partial_uses
             elif len(partial_uses) < len(uses):
                 raise PlanError(f"{node}: a parameter used both in and outside a sharded region")
+            elif not sums_once(dims[node][0], partition):
+                raise PlanError(f"{node}: ranks have parts of it in common in more than one way")
             else:
                 sync.add(node)
         return enter, frozenset(sync), cost
@@ -532,6 +541,18 @@ def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Ato
         and any(covers(dim, single | {inner}) for dim in dims)
         for outer, inner in pairs.items()
     )
+
+
+def sums_once(dims: tuple[Dim, ...], partition: Partition) -> bool:
+    """Whether the gradient of a parameter with these dims can be summed in one group of ranks each.
+
+    One key head for two query heads of 4 over 3 ranks: elements 0:2, 2:4 and 0:4, of which no two ranks are one group.
+    """
+    try:
+        common_parts(dims, partition, 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:

@@ -144,20 +144,27 @@ class Anchors:
         call: Call | None = node.meta.get("call")
         return call if call is not None and call.site is not None and call.frames else None
 
-    def places(self) -> Places:
-        """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
+    def places(self, barred: frozenset[object] = frozenset()) -> Places:
+        """For the planner: what can be placed, and whether by a hook (0) or a patch (1).
+
+        ``barred`` are (module, frames) of expressions that may not be patched.
+        """
+
+        def has_site(node: fx.Node) -> bool:
+            call = self.site_of(node)
+            return call is not None and (call.module, call.frames) not in barred
 
         def after(node: fx.Node) -> int | None:
             if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:
                 return 0
             if self.leaf_of(node) is not None:
                 return None  # inside a leaf that is swapped as a whole
-            return 1 if self.site_of(node) is not None else None
+            return 1 if has_site(node) else None
 
         users: dict[fx.Node, list[fx.Node]] = {n: list(n.users) for n in self.position}
 
         def takes_patches(user: fx.Node) -> bool:
-            return self.leaf_of(user) is not None or self.site_of(user) is not None
+            return self.leaf_of(user) is not None or has_site(user)
 
         def enter(node: fx.Node) -> int | None:
             if node.op == "placeholder" or self.boundary_after(node, users[node]) is not None:
@@ -168,10 +175,10 @@ class Anchors:
                 return 0
             if all(self.leaf_of(user) is not None for user in users[node]):
                 return 0
-            return 1 if self.site_of(node) is not None or all(map(takes_patches, users[node])) else None
+            return 1 if has_site(node) or all(map(takes_patches, users[node])) else None
 
         def mask(edge: Edge) -> bool:
-            return self.leaf_of(edge.consumer) is None and self.site_of(edge.consumer) is not None
+            return self.leaf_of(edge.consumer) is None and has_site(edge.consumer)
 
         def contract(node: fx.Node) -> bool:
             return node.target is not torch.ops.aten.embedding.default or self.can_look_up(node)

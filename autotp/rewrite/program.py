@@ -461,6 +461,7 @@ class _Compiler:
             for fqn in self.anchors.leaves
             if fqn in self.draft.leaf_after
             or fqn in self.draft.leaf_before
+            or fqn in self.draft.bias
             or any(f"{fqn}.{p}" in slices for p in _parameter_names(self.anchors, fqn))
         }
         leaves: list[Leaf] = []
@@ -475,6 +476,7 @@ class _Compiler:
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )
         hooks = {b: agree(b, by_call) for b, by_call in self.draft.hooks.items()}
+        self._check_wraps()
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
             for key, by_call in self.draft.wraps.items()
@@ -490,6 +492,23 @@ class _Compiler:
             self._draws(),
             self.draft.hook_share,
         )
+
+
+    def _check_wraps(self) -> None:
+        """An expression in a loop is patched once, for all of its rounds."""
+        rounds: dict[tuple[str, tuple[Site, ...]], set[int]] = defaultdict(set)
+        for node in self.analysis.ops:
+            call = self.anchors.site_of(node)
+            if call is not None:
+                rounds[call.module, call.frames].add(call.index)
+        for (module, frames, _), by_call in self.draft.wraps.items():
+            if len({tuple(by_call.get(index, ())) for index in rounds[module, frames] | set(by_call)}) > 1:
+                raise RewriteError(
+                    f"{module or 'the root module'}: {frames[0]} runs several times, and not each time with the same "
+                    "communication",
+                    module,
+                    sites=frozenset([(module, frames)]),
+                )
 
 
 def _parameter_names(anchors: Anchors, fqn: str) -> list[str]:

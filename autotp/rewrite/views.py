@@ -21,7 +21,7 @@ from ..plan.candidates import Candidate, atoms_of
 from ..plan.planner import Choice
 from ..plan.reductions import Flow, Places
 from ..trace.graph import Trace
-from .anchors import Anchors
+from .anchors import Anchors, Boundary
 from .bind import Rank, describe
 from .program import Program, VariesError, Wrap, compile_program
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take
@@ -106,8 +106,15 @@ def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> froz
     return frozenset(bad)
 
 
+#: What a gradient sum at a new place costs more than one where the program has one: less than a byte.
+_NEW_PLACE = 2
+
+
 def _only_where(anchors: Anchors, program: Program) -> Places:
-    """Reduces only where the program has one already."""
+    """Reduces only where the program has one already; gradient sums there too, where that costs nothing.
+
+    In train mode a dropout stands between an activation and the next layer: either's gradient may be summed.
+    """
     leaves = {leaf.fqn for leaf in program.leaves if any(isinstance(s, AllReduce) for s in leaf.after)}
     hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, AllReduce) for s in steps)}
     wraps = {
@@ -127,7 +134,27 @@ def _only_where(anchors: Anchors, program: Program) -> Places:
         call = anchors.site_of(node)
         return 0 if call is not None and (call.module, call.frames) in wraps else None
 
-    return replace(free, reduce=reduce)
+    def has_enter(steps: Iterable[Step]) -> bool:
+        return any(isinstance(step, Enter) for step in steps)
+
+    entered = {b for b, steps in program.hooks.items() if has_enter(steps)}
+    entered_leaves = {leaf.fqn for leaf in program.leaves if has_enter(leaf.before)}
+    entered_sites = {(w.module, w.frames) for w in program.wraps if has_enter(w.steps)}
+
+    def enter(node: fx.Node) -> int | None:
+        willing = free.enter(node)
+        if willing is None or node.op == "placeholder":
+            return willing
+        call = anchors.site_of(node)
+        known = (
+            anchors.boundary_after(node, list(node.users)) in entered
+            or (call is not None and (call.module, call.frames) in entered_sites)
+            or any(anchors.leaf_of(user) in entered_leaves for user in node.users)
+            or any(Boundary(c.fqn, "in", path) in entered for c, path in anchors.inputs[node])
+        )
+        return 0 if known else willing + _NEW_PLACE
+
+    return replace(free, reduce=reduce, enter=enter)
 
 
 def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: int) -> Program:

@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from autotp.errors import TraceError
 from autotp.trace.attributes import provenance
-from autotp.trace.cleanup import remove_dead, remove_noops
+from autotp.trace.cleanup import check_indices, remove_dead, remove_noops
 from autotp.trace.constants import LARGEST, Constants
 from autotp.trace.diagnose import trace_error
 from autotp.trace.graph import Call, ModuleCall, Path, Port, Trace
@@ -251,6 +251,7 @@ def _finish(
     ran = [replace(r, inputs=rewire(r.inputs), outputs=rewire(r.outputs)) for r in recorder.ran]
     outputs = rewire(outputs)
     _rewire_calls(graph, replaced)
+    check_indices(graph, recorder.constants.tensors())
     remove_dead(graph, (port.node for r in ran for port in (*r.inputs, *r.outputs)))
     out = graph.output_node()
     out.args = (tuple(port.node for port in outputs),)

@@ -25,7 +25,8 @@ class Measured(Problems):
     def close(self, what: str, mine: Tensor, theirs: Tensor) -> None:
         super().close(what, mine, theirs)
         if mine.shape == theirs.shape and theirs.is_floating_point() and theirs.numel():
-            error = float((mine - theirs).detach().abs().max()) / (float(theirs.detach().abs().max()) + ATOL / self.rtol)
+            scale = float(theirs.detach().abs().max()) + ATOL / self.rtol
+            error = float((mine - theirs).detach().abs().max()) / scale
             self.error = max(self.error, error)
 
 
