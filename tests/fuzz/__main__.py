@@ -92,7 +92,8 @@ def summary(found: list[Found], seconds: float) -> Table:
         mean = sum(f.share for f in exact) / max(1, len(exact))
         slow = sum(f.cpu for f in part) / max(1, len(part))
         counts = (str(kinds[kind]) for kind in ("exact", "refused", "void", "wrong", "crash"))
-        table.add_row("all" if tp is None else str(tp), str(len(part)), *counts, str(whole), f"{mean:.0%}", f"{slow:.2f}")
+        degree = "all" if tp is None else str(tp)
+        table.add_row(degree, str(len(part)), *counts, str(whole), f"{mean:.0%}", f"{slow:.2f}")
     return table
 
 
