@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..axes.layout import runs
+from ..axes.layout import slice_tensor
 from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
@@ -102,25 +102,14 @@ def slice_parameters(
             raise RewriteError(f"{fqn} is no plain parameter or buffer")
         if any(whole is local for local in made.values()):
             continue  # tied to one that has been sliced
-        local = place(local_slice(whole.detach(), dims, rank))
+        own = slice_tensor(whole.detach(), dims, rank.partition, rank.rank)
+        local = place(own.clone(memory_format=torch.contiguous_format))
         if isinstance(whole, nn.Parameter):
             local = nn.Parameter(local, requires_grad=whole.requires_grad)
             local.__dict__.update(whole.__dict__)
         made[id(whole)] = local
         for holder, own_name in places[id(whole)]:
             holder[own_name] = local
-
-
-def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
-    """This rank's slice, in memory of its own."""
-    out = tensor
-    for d, dim in enumerate(dims):
-        own = runs(dim, rank.partition, rank.rank)
-        if len(own) == 1 and own[0] == (0, tensor.shape[d]):
-            continue
-        parts = [out.narrow(d, start, length) for start, length in own]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, d)
-    return out.clone(memory_format=torch.contiguous_format)
 
 
 # ---- hooks, attributes, patches ------------------------------------------------------------------
