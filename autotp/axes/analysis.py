@@ -61,6 +61,7 @@ class OpInfo:
         frozenset()
     )  # operands added to the contraction (a bias): once, if the output is Partial
     random: bool = False
+    averaged: bool = False  # the contraction is a mean: an addend is scaled by the rank's share of the elements
     mutates: int | None = None
     localize: Localize | None = (
         None  # args and kwargs of a rank, given the local size of a dim; None: unchanged
@@ -191,7 +192,7 @@ class _Walk:
         self.dims[node] = context.results
         self.ops[node] = OpInfo(
             operands, context.results, frozenset(context.whole_results), tuple(context.contracted), linear,
-            context.added_operands, context.is_random, context.mutated,
+            context.added_operands, context.is_random, context.is_mean, context.mutated,
             self.resolved_localize(context.localizer()),
         )  # fmt: skip
 

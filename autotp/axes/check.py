@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from autotp.axes.layout import Partition, local_size, slice_tensor
 from autotp.axes.rules.context import OpContext
 from autotp.axes.rules.custom import op_name, overloads
 from autotp.axes.rules.registry import find_rule
-from autotp.axes.term import Atom, CannotUnify, Dim, Solver, atoms_of
+from autotp.axes.term import Atom, CannotUnify, Dim, Solver, atoms_of, size_of
 from autotp.errors import RuleError
 
 #: How far a sum of parts may be from the whole, by dtype, on the scale of the largest element.
@@ -185,11 +186,13 @@ class _Case:
         args: Any,
         kwargs: Any,
         upstream: Callable[[list[Any]], list[Tensor | None]] | None = None,
+        share: float = 1.0,
     ) -> _Run:
         """The op on other values of its operands, forward and backward.
 
         Args:
             upstream: the gradients of the results (by default random ones, which depend on their shapes alone).
+            share: what the results, local means, count.
         """
         leaves = {
             node: value.clone().requires_grad_(value.is_floating_point() or value.is_complex())
@@ -206,6 +209,8 @@ class _Case:
         if raw is None:  # it only writes
             raw = ()
         outputs = list(raw) if isinstance(raw, (tuple, list)) else [raw]
+        if share != 1.0:
+            outputs = [o * share for o in outputs]
         grads = (upstream or _random_like)(outputs)
         pairs = [
             (o, g)
@@ -265,6 +270,10 @@ class _Case:
         if localize is not None:
             args, kwargs = localize(lambda dim: local_size(self.solver.resolve(dim), partition, rank))
 
+        share = 1.0
+        if summed and self.rule.is_mean:
+            share = math.prod(local_size(dim, partition, rank) / size_of(dim) for dim in self.contracted)
+
         def upstream(outputs: list[Any]) -> list[Tensor | None]:
             return [
                 None if g is None or not isinstance(o, Tensor) else self._slice(k, g, partition, rank, summed)
@@ -272,7 +281,7 @@ class _Case:
             ]
 
         try:
-            run = self.run(values, args, kwargs, upstream)
+            run = self.run(values, args, kwargs, upstream, share)
         except Exception as error:  # whatever an op of somebody else raises on a shard is the answer
             text = " ".join(str(error).split())[:300]
             raise self.wrong(f"{where}: rank {rank}'s call fails ({type(error).__name__}: {text})") from error

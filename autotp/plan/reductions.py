@@ -297,6 +297,8 @@ class Flow:
                     raise PlanError(
                         f"{node}: its rows cannot be looked up by part outside of an embedding module"
                     )
+                if info.averaged and self.places.reduce(node) is None:
+                    raise PlanError(f"{node}: a mean of which no place takes a part")
                 if not covers(dim, sharded):
                     raise PlanError(f"{node}: sums over an axis that is sharded only in part")
 

@@ -18,7 +18,7 @@ from ..plan.planner import Choice
 from ..plan.reductions import Edge, is_disjoint
 from ..trace.graph import Path, Site
 from .anchors import Anchors, Boundary, LeafKind
-from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
 
 Bias = Literal["local", "after", "masked"]
 
@@ -173,6 +173,9 @@ def planned_steps(
         return sharded & frozenset(a for dims in analysis.dims[node] for a in atoms_of(dims))
 
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
+    for node, info in analysis.ops.items():
+        if info.averaged and sharded & frozenset(atoms_of(info.contracted)):
+            after[node].append(Scale(info.contracted))
     for node in sorted(comm.reduce, key=order.__getitem__):
         after[node].append(AllReduce(common(node)))
     for node in comm.close:
@@ -317,6 +320,8 @@ class _Compiler:
     def _place_after(self, node: fx.Node, steps: list[Step]) -> None:
         leaf = self.anchors.leaves_by(node)
         if self._within_attention(node):
+            if any(isinstance(step, Scale) for step in steps):
+                return
             steps = [step for step in steps if not isinstance(step, Gather)]
         if leaf is not None:
             enters = next((i for i, step in enumerate(steps) if isinstance(step, Enter)), len(steps))

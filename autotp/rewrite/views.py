@@ -24,7 +24,7 @@ from ..trace.graph import Trace
 from .anchors import Anchors, Boundary
 from .bind import Rank, describe
 from .program import Program, VariesError, Wrap, compile_program
-from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,4 +237,6 @@ class _Translation:
             return Gather(step.dim, self.dim(step.axes))
         if isinstance(step, Take):
             return Take(step.dim, self.dim(step.axes))
+        if isinstance(step, Scale):
+            return Scale(tuple(map(self.dim, step.axes)))
         return Mask()

@@ -77,6 +77,47 @@ class OneNormManyPlaces(nn.Module):
         return self.norm(x)
 
 
+class MeanSquareNorm(nn.Module):
+    """RMSNorm in plain ops."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class NormOfAllHeads(nn.Module):
+    """OLMo 2: queries and keys are normed over all heads together, a mean over what is sharded."""
+
+    def __init__(self, width: int = 20, heads: int = 6, head: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, heads * head, bias=False) for _ in range(3))
+        self.q_norm, self.k_norm = (MeanSquareNorm(heads * head) for _ in range(2))
+        self.o = nn.Linear(heads * head, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = (h.unflatten(-1, (self.heads, -1)).transpose(1, 2) for h in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Pooled(nn.Module):
+    """The mean of hidden features, as it is and through a linear map: a local mean counts by its share."""
+
+    def __init__(self, width: int = 12, inner: int = 34) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.gelu(self.up(x))
+        return self.down(h), torch.tanh(2.0 * h.mean((1, 2)))
+
+
 def ids() -> Tensor:
     return torch.randint(0, 158, (BATCH, SEQ), generator=torch.Generator().manual_seed(5))
 
@@ -91,5 +132,9 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
     "selective scan": (
         SelectiveScan, lambda: floats(10), "in_proj.weight x_proj.weight dt_proj.weight A_log out_proj.weight",
     ),
+    "norm of all heads": (
+        NormOfAllHeads, lambda: floats(20), "q.weight k.weight v.weight o.weight q_norm.weight k_norm.weight",
+    ),
+    "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip

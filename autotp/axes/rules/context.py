@@ -81,6 +81,7 @@ class OpContext:
         self.results: tuple[tuple[Dim, ...], ...] | None = None
         self.whole_results: set[tuple[int, int]] = set()
         self.contracted: list[Dim] = []
+        self.is_mean = False
         self.linearity = NOT_LINEAR
         self.added_operands: frozenset[int] = frozenset()
         self.is_random = False
@@ -260,6 +261,10 @@ class OpContext:
     def contract(self, dim: Dim) -> None:
         """The op sums over this axis: where it is sharded, the result is Partial."""
         self.contracted.append(dim)
+
+    def averages(self) -> None:
+        """What is contracted is averaged: a rank's result counts by its share of the elements."""
+        self.is_mean = True
 
     def out(self, dims: Sequence[Dim], whole: Iterable[int] = ()) -> None:
         """The dims of the only result."""
