@@ -19,12 +19,15 @@ from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError, RewriteError
 from ..plan.candidates import Candidate, atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Flow, Places
+from ..plan.reductions import FINE, Flow, Places
 from ..trace.graph import Trace
-from .anchors import Anchors
+from .anchors import Anchors, Boundary
 from .bind import Rank, describe
 from .program import Program, Wrap, compile_program
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+
+#: What a gradient sum at a place of its own costs a scenario: less than a byte, so that it tells equal places apart only.
+ELSEWHERE = FINE // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> froz
 
 
 def _only_where(anchors: Anchors, program: Program) -> Places:
-    """Reduces only where the program has one already."""
+    """Reduces only where the program has one already; and gradient sums there, among places that cost the same."""
     leaves = {leaf.fqn for leaf in program.leaves if any(isinstance(s, AllReduce) for s in leaf.after)}
     hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, AllReduce) for s in steps)}
     wraps = {
@@ -127,7 +130,37 @@ def _only_where(anchors: Anchors, program: Program) -> Places:
         call = anchors.site_of(node)
         return 0 if call is not None and (call.module, call.frames) in wraps else None
 
-    return replace(free, reduce=reduce)
+    entered = _entered(program)
+
+    def enter(node: fx.Node) -> int | None:
+        price = free.enter(node)
+        return price if price is None or entered & _places_of(anchors, node) else price + ELSEWHERE
+
+    return replace(free, reduce=reduce, enter=enter)
+
+
+def _entered(program: Program) -> frozenset[object]:
+    """Where the program sums gradients: module arguments and results, and expressions."""
+    hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, Enter) for s in steps)}
+    leaves = {
+        Boundary(leaf.fqn, "in", path)
+        for leaf in program.leaves
+        if any(isinstance(s, Enter) for s in leaf.before)
+        for path in leaf.ports
+    }
+    wraps = {(w.module, w.frames) for w in program.wraps if any(isinstance(s, Enter) for s in w.steps)}
+    return frozenset((*hooks, *leaves, *wraps))
+
+
+def _places_of(anchors: Anchors, node: fx.Node) -> frozenset[object]:
+    """The places where a step on this value, or on its uses, may sit."""
+    found: set[object] = {Boundary(call.fqn, "out", path) for call, path in anchors.outputs[node]}
+    found |= {Boundary(call.fqn, "in", path) for call, path in anchors.inputs[node]}
+    for user in (node, *node.users):
+        site = anchors.site_of(user)
+        if site is not None:
+            found.add((site.module, site.frames))
+    return frozenset(found)
 
 
 def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: int) -> Program:
