@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/custom_op.py
 
-Without a rule the op needs all heads, and its operands stay whole; with one line they are sharded by heads. Exit code 0 only
-if both give the numbers of the unsharded model, gradients included, on every rank.
+Without a rule the op needs all heads, so they are gathered for it; with one line it runs on each rank's heads. Exit
+code 0 only if both give the numbers of the unsharded model, gradients included, on every rank.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Anchors:
         return None
 
     def _plain_first(self, calls: list[tuple[ModuleCall, Path]]) -> list[tuple[ModuleCall, Path]]:
-        """Hooks on a module that its parent calls several times act in each of the calls: only where nothing else will."""
+        """Hooks on a module that its parent calls several times act in each call: only where nothing else will."""
         return sorted(calls, key=lambda found: found[0].fqn in self.reused)
 
     def input_boundary(self, node: fx.Node) -> list[Boundary]:

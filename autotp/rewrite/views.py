@@ -26,7 +26,7 @@ from .bind import Rank, describe
 from .program import Program, Wrap, compile_program
 from .steps import AllReduce, Enter, Gather, Mask, Step, Take
 
-#: What a gradient sum at a place of its own costs a scenario: less than a byte, so that it tells equal places apart only.
+#: What a gradient sum at a place of its own costs a scenario: less than a byte, to tell equal places apart.
 ELSEWHERE = FINE // 4
 
 

@@ -1,4 +1,4 @@
-"""Rules for ops of users: the notation's products and sizes, what is refused, and that `check_rule` finds what is wrong."""
+"""Rules for ops of users: products and sizes in the notation, what is refused, and what `check_rule` finds."""
 
 from __future__ import annotations
 
