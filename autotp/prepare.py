@@ -206,22 +206,25 @@ def _rewrite_without(
 
 def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:
     """The sharded axes in the error's way: those that it names, else those that ops of its module touch, else of the
-    modules inside that one."""
+    modules inside that one, else of the module around it (a ReLU works on a whole value, which others shard)."""
     if error.keys:
         return [c for c in choice.candidates if c.key in error.keys]
-    if error.module is None:
-        return []
-    own: set[Atom] = set()
-    inner: set[Atom] = set()
-    for node, info in analysis.ops.items():
-        module = node.meta.get("module", "")
-        found = own if module == error.module else inner if module.startswith(f"{error.module}.") else None
-        if found is not None:
-            for dims in (*info.out, *(operand.dims for operand in info.operands)):
-                found |= set(atoms_of(dims))
-    return [c for c in choice.candidates if own & set(c.atoms)] or [
-        c for c in choice.candidates if inner & set(c.atoms)
-    ]
+    module = error.module
+    while module is not None:
+        own: set[Atom] = set()
+        inner: set[Atom] = set()
+        for node, info in analysis.ops.items():
+            where = node.meta.get("module", "")
+            found = own if where == module else inner if where.startswith(f"{module}." if module else "") else None
+            if found is not None:
+                for dims in (*info.out, *(operand.dims for operand in info.operands)):
+                    found |= set(atoms_of(dims))
+        for atoms in (own, inner):
+            culprits = [c for c in choice.candidates if atoms & set(c.atoms)]
+            if culprits:
+                return culprits
+        module = module.rpartition(".")[0] if module else None
+    return []
 
 
 def _gathers(analysis: Analysis, choice: Choice) -> list[str]:

@@ -80,7 +80,7 @@ def check_rule(
     case.check_linear()
     names = tuple(case.name(atom) for atom in axes)
     summed = tuple(case.name(atom) for atom in axes if case.sums(atom))
-    return RuleCheck(str(case.target), names, summed, case.has_gradients)
+    return RuleCheck(case.shown, names, summed, case.has_gradients)
 
 
 def _overload(op: Any) -> Any:
@@ -125,6 +125,9 @@ class _Case:
         resolve = self.solver.resolve
         self.operands = [(o.node, tuple(map(resolve, o.dims))) for o in self.rule.operands()]
         self.results = [tuple(map(resolve, dims)) for dims in self.rule.results or ()]
+        if self.whole.raw is None:
+            self.results = []
+        self.results += [dict(self.operands)[node] for node in self.written()]
         self.contracted = [resolve(dim) for dim in self.rule.contracted]
 
     @property
@@ -178,6 +181,15 @@ class _Case:
         name = next((n for n, p in self.rule.paths.items() if p == path[:2]), str(path[1]))
         return repr(name) + "".join(f"[{k}]" for k in path[2:])
 
+    def written(self) -> list[fx.Node]:
+        """The operands that the op writes into."""
+        found = []
+        for k, a in enumerate(self.target._schema.arguments):
+            value = self.node.args[k] if k < len(self.node.args) else self.node.kwargs.get(a.name)
+            if a.alias_info is not None and a.alias_info.is_write and isinstance(value, fx.Node):
+                found.append(value)
+        return found
+
     # ---- running
 
     def run(
@@ -198,19 +210,16 @@ class _Case:
             node: value.clone().requires_grad_(value.is_floating_point() or value.is_complex())
             for node, value in values.items()
         }
-        written = any(
-            a.alias_info is not None and a.alias_info.is_write for a in self.target._schema.arguments
-        )
+        written = self.written()
         given = {node: leaf.clone() if written else leaf for node, leaf in leaves.items()}
         torch.manual_seed(0)
         raw = self.target(
             *fx.node.map_arg(args, given.__getitem__), **fx.node.map_arg(kwargs, given.__getitem__)
         )
-        if raw is None:  # it only writes
-            raw = ()
-        outputs = list(raw) if isinstance(raw, (tuple, list)) else [raw]
+        outputs = list(raw) if isinstance(raw, (tuple, list)) else [] if raw is None else [raw]
         if share != 1.0:
             outputs = [o * share for o in outputs]
+        outputs += [given[node] for node in written]  # what it wrote is a result too
         grads = (upstream or _random_like)(outputs)
         pairs = [
             (o, g)

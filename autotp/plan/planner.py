@@ -43,7 +43,7 @@ MOST_SETS = 64
 #: How many maximal sets, those of most bytes, are looked through for axes that refuse one another.
 MOST_REPAIRED = 2048
 #: How many sets times ops are cut exactly, so that a large graph is not compared for minutes.
-MOST_VISITS = 60_000
+MOST_VISITS = 20_000
 #: The tolerance within one such part.
 PART_TOLERANCE = 0.01
 

@@ -8,7 +8,7 @@ forward (a patch).
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -54,6 +54,18 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
     return None
 
 
+def _reused(trace: Trace) -> frozenset[str]:
+    """Modules that one call of their parent calls several times: the one ReLU of a block, a layer that is run again."""
+    calls = Counter(call.fqn for call in trace.calls)
+
+    def of_parent(fqn: str) -> int:
+        while fqn and (fqn := fqn.rpartition(".")[0]) not in calls:  # a ModuleList is not called itself
+            pass
+        return calls.get(fqn, 1)
+
+    return frozenset(fqn for fqn, n in calls.items() if fqn and n > of_parent(fqn))
+
+
 class Anchors:
     """An index of one trace: which module calls each value enters and leaves, and the leaf module that made it."""
 
@@ -76,6 +88,7 @@ class Anchors:
         """Embeddings with a forward of their own, around the lookup that `super().forward` does."""
         self.inputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
         self.outputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
+        self.reused = _reused(trace)
         # Innermost first, so that a step sits as close to the op as a hook can.
         for call in sorted(trace.calls, key=lambda c: (c.last - c.first, -len(c.fqn))):
             for port in call.inputs:
@@ -107,7 +120,7 @@ class Anchors:
     def boundary_after(self, node: fx.Node, users: Iterable[fx.Node]) -> Boundary | None:
         """A module's result through which all of these users get the value."""
         users = list(users)
-        for call, path in self.outputs[node]:
+        for call, path in self._plain_first(self.outputs[node]):
             made_inside = call.first <= self.position[node] < call.last
             boundary = Boundary(call.fqn, "out", path)
             if (
@@ -117,6 +130,10 @@ class Anchors:
             ):
                 return boundary
         return None
+
+    def _plain_first(self, calls: list[tuple[ModuleCall, Path]]) -> list[tuple[ModuleCall, Path]]:
+        """Hooks on a module that its parent calls several times act in each call: only where nothing else will."""
+        return sorted(calls, key=lambda found: found[0].fqn in self.reused)
 
     def input_boundary(self, node: fx.Node) -> list[Boundary]:
         """The arguments of the model through which it gets an input."""
@@ -131,7 +148,7 @@ class Anchors:
         def inside(call: ModuleCall, user: fx.Node) -> bool:
             return call.first <= self.position[user] < call.last
 
-        for call, _ in self.inputs[node]:
+        for call, _ in self._plain_first(self.inputs[node]):
             found = [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
             if not self.barred.isdisjoint(found):
                 continue
@@ -167,11 +184,16 @@ class Anchors:
             return self.leaf_of(user) is not None or has_site(user)
 
         def enter(node: fx.Node) -> int | None:
-            if node.op == "placeholder" or self.boundary_after(node, users[node]) is not None:
+            if node.op == "placeholder":
+                return 0
+            boundary = self.boundary_after(node, users[node])
+            if boundary is not None and boundary.fqn not in self.reused:
                 return 0
             if self.leaf_of(node) is not None and self.leaves_by(node) is None:
                 return None  # inside a leaf that is swapped as a whole
-            if self.leaves_by(node) is not None or self.inputs[node]:
+            if self.leaves_by(node) is not None:
+                return 0
+            if any(call.fqn not in self.reused for call, _ in self.inputs[node]):
                 return 0
             if all(self.leaf_of(user) is not None for user in users[node]):
                 return 0

@@ -19,12 +19,15 @@ from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError, RewriteError
 from ..plan.candidates import Candidate, atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Flow, Places
+from ..plan.reductions import FINE, Flow, Places
 from ..trace.graph import Trace
 from .anchors import Anchors, Boundary
 from .bind import Rank, describe
 from .program import Program, VariesError, Wrap, compile_program
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
+
+#: What a gradient sum at a place of its own costs a scenario: less than a byte, to tell equal places apart.
+ELSEWHERE = FINE // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +109,10 @@ def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> froz
     return frozenset(bad)
 
 
-#: What a gradient sum at a new place costs more than one where the program has one: less than a byte.
-_NEW_PLACE = 2
 
 
 def _only_where(anchors: Anchors, program: Program) -> Places:
-    """Reduces only where the program has one already; gradient sums there too, where that costs nothing.
-
-    In train mode a dropout stands between an activation and the next layer: either's gradient may be summed.
-    """
+    """Reduces only where the program has one already; and gradient sums there, among places that cost the same."""
     leaves = {leaf.fqn for leaf in program.leaves if any(isinstance(s, AllReduce) for s in leaf.after)}
     hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, AllReduce) for s in steps)}
     wraps = {
@@ -134,27 +132,37 @@ def _only_where(anchors: Anchors, program: Program) -> Places:
         call = anchors.site_of(node)
         return 0 if call is not None and (call.module, call.frames) in wraps else None
 
-    def has_enter(steps: Iterable[Step]) -> bool:
-        return any(isinstance(step, Enter) for step in steps)
-
-    entered = {b for b, steps in program.hooks.items() if has_enter(steps)}
-    entered_leaves = {leaf.fqn for leaf in program.leaves if has_enter(leaf.before)}
-    entered_sites = {(w.module, w.frames) for w in program.wraps if has_enter(w.steps)}
+    entered = _entered(program)
 
     def enter(node: fx.Node) -> int | None:
-        willing = free.enter(node)
-        if willing is None or node.op == "placeholder":
-            return willing
-        call = anchors.site_of(node)
-        known = (
-            anchors.boundary_after(node, list(node.users)) in entered
-            or (call is not None and (call.module, call.frames) in entered_sites)
-            or any(anchors.leaf_of(user) in entered_leaves for user in node.users)
-            or any(Boundary(c.fqn, "in", path) in entered for c, path in anchors.inputs[node])
-        )
-        return 0 if known else willing + _NEW_PLACE
+        price = free.enter(node)
+        return price if price is None or entered & _places_of(anchors, node) else price + ELSEWHERE
 
     return replace(free, reduce=reduce, enter=enter)
+
+
+def _entered(program: Program) -> frozenset[object]:
+    """Where the program sums gradients: module arguments and results, and expressions."""
+    hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, Enter) for s in steps)}
+    leaves = {
+        Boundary(leaf.fqn, "in", path)
+        for leaf in program.leaves
+        if any(isinstance(s, Enter) for s in leaf.before)
+        for path in leaf.ports
+    }
+    wraps = {(w.module, w.frames) for w in program.wraps if any(isinstance(s, Enter) for s in w.steps)}
+    return frozenset((*hooks, *leaves, *wraps))
+
+
+def _places_of(anchors: Anchors, node: fx.Node) -> frozenset[object]:
+    """The places where a step on this value, or on its uses, may sit."""
+    found: set[object] = {Boundary(call.fqn, "out", path) for call, path in anchors.outputs[node]}
+    found |= {Boundary(call.fqn, "in", path) for call, path in anchors.inputs[node]}
+    for user in (node, *node.users):
+        site = anchors.site_of(user)
+        if site is not None:
+            found.add((site.module, site.frames))
+    return frozenset(found)
 
 
 def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: int) -> Program:

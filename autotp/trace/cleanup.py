@@ -1,4 +1,5 @@
-"""Take out of a graph what computes nothing: conversions to the same dtype, aliases, dropout that is off,
+"""Take out of a graph what computes nothing: conversions to the same dtype, aliases, dropout that is off
+(or of probability 0),
 mode switches."""
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def same_as(node: fx.Node) -> fx.Node | None:
         return source if before.is_contiguous(memory_format=wanted) else None  # type: ignore[arg-type]
     if name == "detach" and not source.meta.get("requires_grad", True):
         return source
-    if name in _DROPOUTS and len(node.args) > 2 and node.args[2] is False:
+    if name in _DROPOUTS and len(node.args) > 2 and (node.args[2] is False or node.args[1] == 0):
         return source
     return None
 

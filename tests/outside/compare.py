@@ -25,9 +25,8 @@ class Measured(Problems):
     def close(self, what: str, mine: Tensor, theirs: Tensor) -> None:
         super().close(what, mine, theirs)
         if mine.shape == theirs.shape and theirs.is_floating_point() and theirs.numel():
-            scale = float(theirs.detach().abs().max()) + ATOL / self.rtol
-            error = float((mine - theirs).detach().abs().max()) / scale
-            self.error = max(self.error, error)
+            largest = float(theirs.detach().abs().max()) + ATOL / self.rtol
+            self.error = max(self.error, float((mine - theirs).detach().abs().max()) / largest)
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ X_TRANSFORMERS = (
             {"attn_flash": True, "attn_kv_heads": 4},
             {"alibi_pos_bias": True, "alibi_num_heads": 4},
             {"rel_pos_bias": True},
-            {"attn_qk_norm": True, "attn_talking_heads": True},
+            {"attn_qk_norm": True, "attn_pre_talking_heads": True},
             {"attn_one_kv_head": True},
         ),
     ),

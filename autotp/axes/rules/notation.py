@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from autotp.axes.rules.context import LinearKind, OpContext, Rule
+from autotp.axes.rules.context import LinearKind, OpContext, Rule, is_tensor_node
 from autotp.axes.term import CannotUnify, Dim
 from autotp.errors import RuleError
 
@@ -155,11 +155,23 @@ def _product(bound: Mapping[str, Dim], letters: str) -> Dim:
     return tuple(factor for letter in letters for factor in bound[letter])
 
 
+def _kept(op: OpContext, uses: _Uses, right: list[Term]) -> set[str]:
+    """The letters that are not summed: those of results, and those of what the op writes into."""
+    schema = getattr(op.node.target, "_schema", None)
+    written = [
+        op.tensor(a.name)
+        for a in (schema.arguments if schema is not None else ())
+        if a.alias_info is not None and a.alias_info.is_write and is_tensor_node(op.args[a.name])
+    ]
+    letters = {c for (i, _), found in uses.items() if i in written for c in found}
+    return letters | {c for term in right for c in term.letters}
+
+
 def _relate(
     op: OpContext, text: str, uses: _Uses, blocked: set[str], right: list[Term], given: Mapping[str, str]
 ) -> dict[str, Dim]:
     """The axis of each letter, where a dim holds one axis. Letters that cannot be unified are blocked, one by one."""
-    kept = {c for term in right for c in term.letters}
+    kept = _kept(op, uses, right)
     places: dict[str, list[tuple[int, int]]] = {}
     for place, letter in uses.items():
         if letter:
@@ -182,7 +194,7 @@ def _relate_products(
 ) -> dict[str, Dim]:
     """The axis of each letter, where a dim may hold several. Where one cannot be unified, the whole op is blocked
     (`CannotUnify`)."""
-    kept = {c for term in right for c in term.letters}
+    kept = _kept(op, uses, right)
     size = _sizes(op, text, uses, given)
     bound: dict[str, Dim] = {}
     for letter in blocked & set(size):
