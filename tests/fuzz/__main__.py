@@ -91,8 +91,9 @@ def summary(found: list[Found], seconds: float) -> Table:
         whole = sum(f.share == 0 for f in exact)
         mean = sum(f.share for f in exact) / max(1, len(exact))
         slow = sum(f.cpu for f in part) / max(1, len(part))
-        table.add_row("all" if tp is None else str(tp), str(len(part)), str(kinds["exact"]), str(kinds["refused"]), str(kinds["void"]),
-                      str(kinds["wrong"]), str(kinds["crash"]), str(whole), f"{mean:.0%}", f"{slow:.2f}")  # fmt: skip
+        counted = [str(kinds[kind]) for kind in ("exact", "refused", "void", "wrong", "crash")]
+        ends = (str(whole), f"{mean:.0%}", f"{slow:.2f}")
+        table.add_row("all" if tp is None else str(tp), str(len(part)), *counted, *ends)
     return table
 
 
