@@ -87,12 +87,11 @@ def prepare(
     anchors = Anchors(traces[0])
     allow, require = overrides.apply(analysis, folds, model, tp)
     excluded: dict[str, str] = {}
-    barred: frozenset[object] = frozenset()
     for _ in range(MOST_ATTEMPTS):
         choice = choose(
             analysis,
             tp,
-            places=anchors.places(barred),
+            places=anchors.places(),
             allow=lambda c: c.key not in excluded and allow(c),
             require=require,
         )
@@ -110,8 +109,8 @@ def prepare(
         if failure is None:
             assert rewriting is not None
             break
-        if failure.sites - barred:
-            barred |= failure.sites
+        if failure.places - anchors.barred:
+            anchors = Anchors(traces[0], anchors.barred | failure.places)
             continue
         culprits = _culprits(analysis, choice, failure)
         if strict or not culprits:

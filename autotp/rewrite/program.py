@@ -311,6 +311,10 @@ class _Compiler:
                 else:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
+        if self.anchors.site_of(node) is None and all(isinstance(step, Enter) for step in steps):
+            edges = [e for e in self.uses[node] if _has_gradient(e.consumer)]
+            self._place_before(node, edges, steps)  # where it is used, the same
+            return
         self._wrap(node, None, steps)
 
     def _within_attention(self, node: fx.Node) -> bool:
@@ -407,11 +411,15 @@ class _Compiler:
         for call in self.trace.calls:
             calls[call.fqn].add(call.index)
 
-        def agree(what: str, by_call: dict[int, list[Step]], fqn: str) -> tuple[Step, ...]:
+        def agree(
+            what: str, by_call: dict[int, list[Step]], fqn: str, at: Boundary | None = None
+        ) -> tuple[Step, ...]:
             variants = {tuple(by_call.get(index, ())) for index in calls[fqn] or {0}}
             if len(variants) > 1:
                 raise RewriteError(
-                    f"{what} is used in several ways, which one set of edits cannot serve: {variants}", fqn
+                    f"{what} is used in several ways, which one set of edits cannot serve: {variants}",
+                    fqn,
+                    places=frozenset([at] if at is not None else []),
                 )
             return next(iter(variants))
 
@@ -434,7 +442,7 @@ class _Compiler:
             leaves.append(
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )
-        hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn) for b, by_call in self.draft.hooks.items()}
+        hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn, b) for b, by_call in self.draft.hooks.items()}
         self._check_wraps()
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
@@ -466,7 +474,7 @@ class _Compiler:
                     f"{module or 'the root module'}: {frames[0]} runs several times, and not each time with the same "
                     "communication",
                     module,
-                    sites=frozenset([(module, frames)]),
+                    places=frozenset([(module, frames)]),
                 )
 
 

@@ -78,7 +78,7 @@ def another_view(
                 f"in scenario {name!r} the axis {candidate.key} cannot be sharded as in the forward"
             )
         found.append(Candidate(tuple(a for a in atoms if a is not None), candidate.ranges, candidate.key))
-    anchors = Anchors(analysis.trace)
+    anchors = Anchors(analysis.trace, main.anchors.barred)
     places = _only_where(anchors, main.program)
     flow = Flow(analysis, places)
     try:
