@@ -105,6 +105,22 @@ class Unused(nn.Module):
         return self.down(h)
 
 
+class Branch(nn.Module):
+    """What the example does not run is not rewritten either, so it keeps its weights whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.long = (nn.Sequential(nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)) for _ in range(2))
+        self.gain = nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.short if x.shape[1] < 8 else self.long
+        h = layer[0](x)
+        if x.shape[1] >= 8:
+            h = h * self.gain
+        return layer[1](F.relu(h)) + x
+
+
 class Kept(nn.Module):
     """A value with three uses, one of which counts on one rank only: its gradient has the same bits on all ranks."""
 
@@ -129,6 +145,7 @@ CASES = {
     "loop": (Loop, WIDTH),
     "dropout": (Dropout, WIDTH),
     "unused": (Unused, WIDTH),
+    "branch": (Branch, WIDTH),
     "kept": (Kept, 7),
 }
 
@@ -176,7 +193,7 @@ def test_a_bias_is_added_after_the_sum() -> None:
 
 
 class Uneven(nn.Module):
-    """Two query heads of one key head over three ranks: a key head's elements are on 1st and 2nd, and all on the 3rd."""
+    """Two query heads of one key head over three ranks: its elements are on the first two, and all on the third."""
 
     def __init__(self) -> None:
         super().__init__()
