@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +18,9 @@ from .plan.candidates import Candidate, atoms_of
 from .plan.overrides import Overrides
 from .plan.plan import Plan
 from .plan.planner import Choice, choose
-from .rewrite.anchors import Anchors, Boundary
+from .rewrite.anchors import Anchors
 from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
-from .rewrite.program import VariesError
 from .rewrite.steps import Enter
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
@@ -89,12 +87,12 @@ def prepare(
     anchors = Anchors(traces[0])
     allow, require = overrides.apply(analysis, folds, model, tp)
     excluded: dict[str, str] = {}
-    barred: frozenset[object] = frozenset()
-    for _ in range(MOST_ATTEMPTS):
+    attempts = 0
+    while True:
         choice = choose(
             analysis,
             tp,
-            places=anchors.places(barred),
+            places=anchors.places(),
             allow=lambda c: c.key not in excluded and allow(c),
             require=require,
         )
@@ -103,7 +101,7 @@ def prepare(
         rewriting: Rewriting | None = None
         failure: RewriteError | None = None
         try:
-            rewriting = _rewrite(analyses, choice, {s.name: s for s in wanted}, tp, ranks, verify)
+            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, ranks, verify)
         except RewriteError as error:
             failure = error
         diff = rewriting.diff if rewriting is not None else ""
@@ -112,16 +110,16 @@ def prepare(
         if failure is None:
             assert rewriting is not None
             break
-        if failure.sites - barred:
-            barred |= failure.sites
+        if failure.places - anchors.barred:
+            anchors = Anchors(traces[0], anchors.barred | failure.places)
             continue
         culprits = _culprits(analysis, choice, failure)
         if strict or not culprits:
             raise failure
-        for candidate in culprits:
-            excluded[candidate.key] = str(failure)
-    else:
-        raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
+        attempts += 1
+        excluded.update((candidate.key, str(failure)) for candidate in culprits)
+        if attempts == MOST_ATTEMPTS:
+            raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
     gathers = _gathers(analysis, choice)
     if strict:
         _refuse_replicated(analysis, choice, gathers, tp)
@@ -146,9 +144,9 @@ def _agree(
     """One rank's failure is everyone's: the first of them, and the patches of rank 0."""
     error = None if failure is None else (str(failure), failure.module, tuple(sorted(failure.keys)))
     verdicts = agree(mesh, Verdict("attempt", fingerprint, error=error, diff=diff))
-    failures = [verdict.error for verdict in verdicts if verdict.error is not None]
-    if failures and failures[0] != error:
-        text, module, keys = failures[0]
+    failures = [verdict.error for verdict in verdicts]
+    if any(other != error for other in failures):  # its places mean nothing to a rank that did not meet it
+        text, module, keys = next(found for found in failures if found is not None)
         failure = RewriteError(text, module, frozenset(keys))
     return failure, verdicts[0].diff
 
@@ -156,26 +154,7 @@ def _agree(
 def _rewrite(
     analyses: Sequence[Analysis],
     choice: Choice,
-    scenarios: Mapping[str, Scenario],
-    tp: int,
-    ranks: Sequence[int],
-    verify: bool,
-) -> Rewriting:
-    """Rewrite with hooks; where one would have to differ between calls or scenarios, with other edits."""
-    barred: set[Boundary] = set()
-    while True:
-        try:
-            return _rewrite_without(barred, analyses, choice, scenarios, tp, ranks, verify)
-        except VariesError as error:
-            if error.boundary in barred:
-                raise
-            barred.add(error.boundary)
-
-
-def _rewrite_without(
-    barred: AbstractSet[Boundary],
-    analyses: Sequence[Analysis],
-    choice: Choice,
+    anchors: Anchors,
     scenarios: Mapping[str, Scenario],
     tp: int,
     ranks: Sequence[int],
@@ -187,7 +166,6 @@ def _rewrite_without(
         s = scenarios[name]
         return lambda rewritten: trace(rewritten, s.args, s.kwargs, s.name, training=s.training, run=s.run)
 
-    anchors = Anchors(analyses[0].trace, barred)
     main = first_view(analyses[0], choice, anchors, retrace(analyses[0].trace.scenario))
     others = [
         another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode")

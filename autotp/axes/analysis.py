@@ -129,9 +129,12 @@ class _Walk:
         for node in self.ops:
             self.hold_mutated(node)
             self.hold_cut(node)
+        used = {operand.node for info in self.ops.values() for operand in info.operands}
         for node in params:
             for dim in self.dims[node][0]:
                 self.hold_rest(dim)
+                if node not in used:  # by a branch that was not taken, or by nobody: how it would be used is not known
+                    self.solver.freeze(dim)
         for node, outputs in self.dims.items():
             if node not in self.derived:
                 for dims in outputs:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..plan.reductions import Edge, Places
-from ..trace.graph import Call, ModuleCall, Path, Trace
+from ..trace.graph import Call, ModuleCall, Path, Site, Trace
 
 LeafKind = Literal["linear", "conv1d", "embedding", "attention", "conv"]
 
@@ -35,6 +34,10 @@ class Boundary:
     fqn: str
     side: Literal["in", "out"]
     path: Path
+
+
+Barred = Boundary | tuple[str, tuple[Site, ...]]
+"""A module's boundary, or an expression: the module that runs it, and its frames."""
 
 
 def leaf_kind(module: nn.Module) -> LeafKind | None:
@@ -69,10 +72,10 @@ def _reused(trace: Trace) -> frozenset[str]:
 class Anchors:
     """An index of one trace: which module calls each value enters and leaves, and the leaf module that made it."""
 
-    def __init__(self, trace: Trace, barred: AbstractSet[Boundary] = frozenset()) -> None:
+    def __init__(self, trace: Trace, barred: frozenset[Barred] = frozenset()) -> None:
         self.trace = trace
         self.barred = barred
-        """Boundaries that no hook can serve: calls of the module, or scenarios, need different steps there."""
+        """Where no step may be put, as one set of edits cannot serve all the times that it runs."""
         self.position = {node: i for i, node in enumerate(trace.graph.nodes)}
         self.modules = dict(trace.module.named_modules())
         self.leaves: dict[str, LeafKind] = {}
@@ -122,13 +125,10 @@ class Anchors:
         users = list(users)
         for call, path in self._plain_first(self.outputs[node]):
             made_inside = call.first <= self.position[node] < call.last
-            boundary = Boundary(call.fqn, "out", path)
-            if (
-                boundary not in self.barred
-                and made_inside
-                and all(self.position[u] >= call.last for u in users)
-            ):
-                return boundary
+            if Boundary(call.fqn, "out", path) in self.barred:
+                continue
+            if made_inside and all(self.position[user] >= call.last for user in users):
+                return Boundary(call.fqn, "out", path)
         return None
 
     def _plain_first(self, calls: list[tuple[ModuleCall, Path]]) -> list[tuple[ModuleCall, Path]]:
@@ -161,15 +161,12 @@ class Anchors:
         call: Call | None = node.meta.get("call")
         return call if call is not None and call.site is not None and call.frames else None
 
-    def places(self, barred: frozenset[object] = frozenset()) -> Places:
-        """For the planner: what can be placed, and whether by a hook (0) or a patch (1).
-
-        ``barred`` are (module, frames) of expressions that may not be patched.
-        """
+    def places(self) -> Places:
+        """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
 
         def has_site(node: fx.Node) -> bool:
             call = self.site_of(node)
-            return call is not None and (call.module, call.frames) not in barred
+            return call is not None and (call.module, call.frames) not in self.barred
 
         def after(node: fx.Node) -> int | None:
             if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:

@@ -240,14 +240,6 @@ def _has_gradient(node: fx.Node) -> bool:
     return any(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
 
 
-class VariesError(RewriteError):
-    """The calls of a module, or the scenarios, need different steps at one of its boundaries: bar it, and try again."""
-
-    def __init__(self, message: str, boundary: Boundary) -> None:
-        super().__init__(message, boundary.fqn)
-        self.boundary = boundary
-
-
 class _Compiler:
     def __init__(self, analysis: Analysis, choice: Choice, anchors: Anchors) -> None:
         self.analysis = analysis
@@ -337,9 +329,6 @@ class _Compiler:
         else:
             boundary = self.anchors.boundary_after(node, users)
             boundaries = [boundary] if boundary is not None else []
-        if not boundaries and self._is_barred(node) and all(isinstance(step, Enter) for step in steps):
-            self._place_before(node, [e for e in self.uses[node] if _has_gradient(e.consumer)], steps)
-            return
         if boundaries:
             for b in boundaries:
                 at = users[0] if node.op == "placeholder" else node
@@ -347,6 +336,11 @@ class _Compiler:
                     self._enter_leaf(b.fqn, node, at, steps)
                 else:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
+            return
+        elsewhere = self.anchors.site_of(node) is None or self._is_barred(node)
+        if elsewhere and all(isinstance(step, Enter) for step in steps):
+            edges = [e for e in self.uses[node] if _has_gradient(e.consumer)]
+            self._place_before(node, edges, steps)  # where it is used, the same
             return
         self._wrap(node, None, steps)
 
@@ -450,14 +444,15 @@ class _Compiler:
         for call in self.trace.calls:
             calls[call.fqn].add(call.index)
 
-        def agree(at: Boundary, by_call: dict[int, list[Step]]) -> tuple[Step, ...]:
+        def agree(at: Boundary, by_call: dict[int, list[Step]], barrable: bool = True) -> tuple[Step, ...]:
             variants = {tuple(by_call.get(index, ())) for index in calls[at.fqn] or {0}}
             if len(variants) > 1:
                 where = "argument" if at.side == "in" else "result"
-                raise VariesError(
+                raise RewriteError(
                     f"{at.fqn or 'the root module'}: its calls need different steps on one {where}, and one set of "
                     f"edits serves them all: {sorted(map(str, variants))}",
-                    at,
+                    at.fqn,
+                    places=frozenset([at] if barrable else []),
                 )
             return next(iter(variants))
 
@@ -471,8 +466,8 @@ class _Compiler:
         }
         leaves: list[Leaf] = []
         for fqn in sorted(leaf_names):
-            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn])
-            after = agree(Boundary(fqn, "out", ()), self.draft.leaf_after[fqn])
+            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], barrable=False)
+            after = agree(Boundary(fqn, "out", ()), self.draft.leaf_after[fqn], barrable=False)
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
@@ -512,7 +507,7 @@ class _Compiler:
                     f"{module or 'the root module'}: {frames[0]} runs several times, and not each time with the same "
                     "communication",
                     module,
-                    sites=frozenset([(module, frames)]),
+                    places=frozenset([(module, frames)]),
                 )
 
 

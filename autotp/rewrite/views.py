@@ -23,7 +23,7 @@ from ..plan.reductions import FINE, Flow, Places
 from ..trace.graph import Trace
 from .anchors import Anchors, Boundary
 from .bind import Rank, describe
-from .program import Program, VariesError, Wrap, compile_program
+from .program import Program, Wrap, compile_program
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
 
 #: What a gradient sum at a place of its own costs a scenario: less than a byte, to tell equal places apart.
@@ -107,7 +107,6 @@ def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> froz
         except PlanError:
             bad.add(key)
     return frozenset(bad)
-
 
 
 
@@ -195,7 +194,7 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):
-                raise VariesError(str(_conflict(view, boundary.fqn)), boundary)
+                raise _conflict(view, boundary.fqn, boundary)
         wraps = {(w.module, w.frames, w.operand): w for w in program.wraps}
         for wrap in view.program.wraps:
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))
@@ -211,10 +210,11 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
     return program
 
 
-def _conflict(view: View, fqn: str) -> RewriteError:
+def _conflict(view: View, fqn: str, *places: Boundary) -> RewriteError:
     return RewriteError(
         f"{fqn or 'the root module'}: scenario {view.name!r} would need other communication there than the forward",
         fqn,
+        places=frozenset(places),
     )
 
 

@@ -100,14 +100,12 @@ def take(x: Tensor, dim: int, starts: Ints, lengths: Ints) -> Tensor:
 
 
 def mask(x: Tensor, keep: bool) -> Tensor:
-    """Replicate to Partial: x where ``keep`` (on one rank), zeros elsewhere. Eagerly x itself where kept."""
+    """Replicate to Partial: x where ``keep`` (on one rank), zeros elsewhere. Eagerly a view of x where kept."""
     if not _eager(x):
         return cast(Tensor, _ops.mask.default(x, keep))
-    if keep:
-        return x
     if x.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _Zeros.apply(x))  # type: ignore[no-untyped-call]
-    return torch.zeros_like(x)
+        return cast(Tensor, _Mask.apply(x, keep))  # type: ignore[no-untyped-call]
+    return x if keep else torch.zeros_like(x)
 
 
 def scale(x: Tensor, part: int, whole: int) -> Tensor:
@@ -211,17 +209,20 @@ def _ungather(
     return wire.shard_of_gathered(grad, dim, sizes, perm_starts, perm_lengths, get_group(group).index)
 
 
-class _Zeros(torch.autograd.Function):
-    """mask, on the ranks that add nothing. What it feeds is whole only with the other ranks' part, so its
-    gradient is x's."""
+class _Mask(torch.autograd.Function):
+    """What it feeds is whole only with the other ranks' parts, so the gradient is x's, on every rank.
+
+    A node of the backward graph where x is kept, too: three uses of x have their gradients added in the order of the
+    graph, and ranks with another order would end with other last bits in what they all hold.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
+    def forward(ctx: Any, x: Tensor, keep: bool) -> Tensor:
+        return x.view_as(x) if keep else torch.zeros_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
 
 
 # --- the torch.library side: real, fake and autograd kernels

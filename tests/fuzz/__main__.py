@@ -91,9 +91,9 @@ def summary(found: list[Found], seconds: float) -> Table:
         whole = sum(f.share == 0 for f in exact)
         mean = sum(f.share for f in exact) / max(1, len(exact))
         slow = sum(f.cpu for f in part) / max(1, len(part))
-        counts = (str(kinds[kind]) for kind in ("exact", "refused", "void", "wrong", "crash"))
-        degree = "all" if tp is None else str(tp)
-        table.add_row(degree, str(len(part)), *counts, str(whole), f"{mean:.0%}", f"{slow:.2f}")
+        counted = [str(kinds[kind]) for kind in ("exact", "refused", "void", "wrong", "crash")]
+        ends = (str(whole), f"{mean:.0%}", f"{slow:.2f}")
+        table.add_row("all" if tp is None else str(tp), str(len(part)), *counted, *ends)
     return table
 
 
