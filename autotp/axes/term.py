@@ -139,7 +139,7 @@ class Solver:
         """
         clones = tuple(self.fresh(size_of(dim), frozen=self.is_frozen(dim)) for dim in dims)
         for dim, clone in zip(dims, clones, strict=True):
-            if self.varies(dim):
+            if self.is_frozen(dim) and self.varies(dim):  # batch times heads can be heads by rank
                 self.vary(clone)
         return clones
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
@@ -150,6 +151,7 @@ class Flow:
             node for fqn, node in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
         )
         self.differentiable = self._differentiable()
+        self._written = self._in_memory_written_to()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
         self._dtypes = {node: _dtype(node) for node in analysis.dims}
@@ -170,6 +172,15 @@ class Flow:
             if _is_float(node) and any(operand.node in found for operand in info.operands):
                 found.add(node)
         return frozenset(found)
+
+    def _in_memory_written_to(self) -> frozenset[fx.Node]:
+        """Values in memory that an op writes into: what autograd forbids on the result of a collective."""
+        ops = self.analysis.ops
+        written: set[int] = set()
+        for info in ops.values():
+            if info.mutates is not None:
+                written |= _storages(info.operands[info.mutates].node)
+        return frozenset(node for node in ops if written & _storages(node)) if written else frozenset()
 
     # ---- what a choice of axes means at one op -------------------------------------------------
 
@@ -458,7 +469,7 @@ class Flow:
         cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         for node in sorted(reached, key=self.order.__getitem__):
             is_param = node in self.params
-            willing = 0 if is_param else self.places.enter(node)
+            willing = 0 if is_param else None if node in self._written else self.places.enter(node)
             barred = node in mixed or willing is None
             price = self._sync_cost(node, sharded) if is_param else self._sum_cost(node)
             cut.vertex(node, None if barred else price + (willing or 0))
@@ -575,6 +586,13 @@ def covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
         elif all(covers(part, sharded) for part in factor.parts):
             return True
     return False
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """The memory of a value, as the trace's tensors know it."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 
 def _is_float(node: fx.Node) -> bool:
