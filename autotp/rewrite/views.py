@@ -66,15 +66,19 @@ def another_view(
     """
     name = analysis.trace.scenario
     twin: dict[Atom, Atom] = {}
+    present: set[Atom] = set()
     for fqn, node in main.analysis.trace.params.items():
         other = analysis.trace.params.get(fqn)
-        if other is None or fqn in analysis.trace.is_buffer:
+        if other is None or fqn in analysis.trace.is_buffer or not other.users:
             continue
+        present.update(atoms_of(main.analysis.dims[node][0]))
         mine, theirs = list(atoms_of(main.analysis.dims[node][0])), list(atoms_of(analysis.dims[other][0]))
         if [a.size for a in mine] == [a.size for a in theirs]:
             twin.update((a, b) for a, b in zip(mine, theirs, strict=True) if twin.get(a, b) is b)
     found = []
     for candidate in main.choice.candidates:
+        if present.isdisjoint(candidate.atoms):
+            continue  # of parameters that this scenario does without: an image tower, where there is only text
         atoms = tuple(twin.get(a) for a in candidate.atoms)
         if any(a is None or a in analysis.frozen for a in atoms):
             raise RewriteError(
