@@ -23,7 +23,7 @@ from autotp.trace.constants import LARGEST, Constants
 from autotp.trace.diagnose import trace_error
 from autotp.trace.graph import Call, ModuleCall, Path, Port, Trace
 from autotp.trace.leaves import map_tensors, tensor_leaves
-from autotp.trace.library import unmasked
+from autotp.trace.library import unchecked, unmasked
 from autotp.trace.makefx import current_tracer, fake_mode, make_graph, node_of
 from autotp.trace.provenance import Attr, ProvInt, Session, make, rewired
 from autotp.trace.recorder import RanModule, Recorder
@@ -57,7 +57,7 @@ def trace(
     kwargs = dict(kwargs or {})
     work = _Work(module, tuple(args), kwargs, scenario, run)
     branch = unmasked() if scenario == "unmasked" else nullcontext()
-    with _mode(module, scenario == "train" if training is None else training), branch:
+    with _mode(module, scenario == "train" if training is None else training), branch, unchecked():
         session = Session(watch)
         try:
             return work.attempt(session)
@@ -78,10 +78,10 @@ def trace(
         if culprit is not None:
             try:
                 traced = work.attempt(Session(watch), frozenset((culprit,)))
-                return replace(traced, notes=(f"{note[:300]} in {culprit.__name__}",))
+                return replace(traced, notes=(*traced.notes, f"{note[:300]} in {culprit.__name__}"))
             except Exception:
                 pass
-        return replace(plain, notes=(note[:300],))
+        return replace(plain, notes=(*plain.notes, note[:300]))
 
 
 @dataclass
@@ -112,7 +112,12 @@ class _Work:
             given = dict(zip(originals, inputs, strict=True))
             args, kwargs = map_tensors((self.args, self.kwargs), lambda t: given[id(t)])
             buffers = {node_of(fakes[name], tracer): value for name, value in state.values.items()}
-            constants = Constants(tracer.root, {n: v for n, v in buffers.items() if n is not None})
+            integers = {node_of(given[k], tracer): t for k, t in originals.items() if _is_known(t)}
+            constants = Constants(
+                tracer.root,
+                {n: v for n, v in buffers.items() if n is not None},
+                {n: v for n, v in integers.items() if n is not None},
+            )
             recorder = Recorder(self.module, tracer, session, constants)
             names = {**fakes, **{alias: fakes[name] for alias, name in state.aliases.items()}}
             registered = {n: t for n, t in names.items() if n not in state.loose}
@@ -188,13 +193,18 @@ class _State:
         values = {
             name: tensor.detach()
             for name, tensor in buffers
-            if name in tensors and not tensor.is_floating_point() and not tensor.is_complex()
-            if tensor.device.type == "cpu" and tensor.numel() <= LARGEST
+            if name in tensors and _is_known(tensor)
         }
         loose = {name: at for name, at in loose.items() if name in tensors}
         return cls(
             tensors, aliases, frozenset(n for n, _ in (*buffers, *plain) if n in tensors), values, loose
         )
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    """Whether the values of a buffer or of an input are taken along: small integers."""
+    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    return whole and tensor.device.type == "cpu" and tensor.numel() <= LARGEST
 
 
 @contextmanager
@@ -275,6 +285,7 @@ def _finish(
         outputs=outputs,
         calls=tuple(finished(r) for r in ran),
         constants={n: v for n, v in recorder.constants.tensors().items() if n in here},
+        notes=tuple(dict.fromkeys(recorder.notes)),
     )
 
 

@@ -3,6 +3,10 @@ buffers.
 
 An `index` by such a tensor is a slice to the analysis (Falcon picks its keys with `fused_qkv[..., [-2], :]`),
 and a branch on one (`if positions.max() > limit`) can be followed.
+
+What follows from integers that the example inputs *give* is known as well, but holds for these inputs alone: heights
+and widths of images (`grid_thw.tolist()`), lengths of sequences. The code may read them as sizes, as it reads a shape;
+they are no constants, and no branch on one is followed.
 """
 
 from __future__ import annotations
@@ -21,9 +25,13 @@ LARGEST = 1 << 16  # elements
 class Constants:
     """The known values of a growing graph. `advance` takes in the nodes made since the last call."""
 
-    def __init__(self, root: Any, buffers: Mapping[fx.Node, torch.Tensor]) -> None:
+    def __init__(
+        self, root: Any, buffers: Mapping[fx.Node, torch.Tensor], inputs: Mapping[fx.Node, torch.Tensor]
+    ) -> None:
         self.root = root
-        self.buffers = buffers
+        self.buffers = {**buffers, **inputs}
+        self.given = set(inputs)
+        """Whose values come from the example inputs."""
         self.values: dict[fx.Node, torch.Tensor | list[Any] | tuple[Any, ...]] = {}
 
     def advance(self, nodes: Iterator[fx.Node]) -> None:
@@ -42,7 +50,12 @@ class Constants:
                 self._evaluate(node)
 
     def tensors(self) -> dict[fx.Node, torch.Tensor]:
-        return {node: value for node, value in self.values.items() if isinstance(value, torch.Tensor)}
+        """The constants."""
+        return {
+            node: value
+            for node, value in self.values.items()
+            if isinstance(value, torch.Tensor) and node not in self.given
+        }
 
     def _evaluate(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -61,6 +74,8 @@ class Constants:
             self.values[node] = target(*args, **kwargs)
         except Exception:  # a constant is a bonus: what cannot be computed here stays unknown
             return
+        if not self.given.isdisjoint(node.all_input_nodes):
+            self.given.add(node)
 
     def _forget_mutated(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         """A value that is written to is not a constant, nor are its views."""

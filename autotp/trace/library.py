@@ -3,6 +3,7 @@ here; a model is known to be one of its by what it has."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 _TRACEABLE_ATTENTION = {None, "eager", "sdpa"}
 
 
@@ -17,6 +19,20 @@ def is_transformers(model: nn.Module) -> bool:
     """Whether `model` is a transformers model (the library is then loaded already)."""
     transformers = sys.modules.get("transformers.modeling_utils")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the library's checks of values, such as that there are as many image tokens as features of images."""
+    before = os.environ.get(_CHECKS)
+    os.environ[_CHECKS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_CHECKS]
+        else:
+            os.environ[_CHECKS] = before
 
 
 @contextmanager

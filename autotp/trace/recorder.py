@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autotp.trace.constants import Constants
 from autotp.trace.graph import Call, Port
-from autotp.trace.leaves import int_leaves, tensor_leaves
+from autotp.trace.leaves import int_leaves, map_tensors, tensor_leaves
 from autotp.trace.makefx import node_of
 from autotp.trace.provenance import Dim, Session, make
 from autotp.trace.sites import forward_code, frames_to
@@ -30,6 +31,7 @@ _READS: dict[Any, Callable[[torch.Tensor], Any]] = {
     torch.Tensor.item: torch.Tensor.item,
     torch.Tensor.tolist: torch.Tensor.tolist,
 }
+_REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class Recorder(TorchFunctionMode):
     constants: Constants
     ran: list[RanModule] = field(default_factory=list)
     failed_in: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -82,17 +85,76 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.size or getattr(func, "__self__", None) is _SHAPE:
             return self._sized(func(*args, **kwargs), args, kwargs)
-        if func in _READS and (value := self._known_value(args[0])) is not None:
+        if func in _READS and (value := self._readable(func, args[0])) is not None:
             with _disable_current_modes():
                 return _READS[func](value)
         self.attribute(None)
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         if self._last() is not self.seen:
             self.attribute(self._call(func, args, kwargs, sys._getframe(1)))
             for _, tensor in tensor_leaves(out, ()):
                 if (node := node_of(tensor, self.tracer)) is not None:
                     node.meta["requires_grad"] = tensor.requires_grad
         return out
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call; where its result's shape depends on values, by those that are known."""
+        try:
+            return func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            tensors = [t for _, t in tensor_leaves((args, kwargs), ())]
+            known = {id(t): v for t in tensors if (v := self._known_value(t)) is not None}
+            if not known:
+                raise
+            if len(known) == len({id(t) for t in tensors}):
+                with _disable_current_modes():
+                    real_args, real_kwargs = map_tensors((args, kwargs), lambda t: known[id(t)])
+                    real = func(*real_args, **real_kwargs)
+                given = any(self._is_given(t) for t in tensors)
+                return map_tensors(real, lambda value: self._literal(value, given))
+            if func in _REPEATS and (counts := known.get(id((*args[1:2], kwargs.get("repeats"))[0]))) is not None:
+                return func(*args, **{**kwargs, "output_size": int(counts.sum())})
+            if func is torch.Tensor.__getitem__:
+                return func(args[0], self._without_masks(args[1], known))
+            raise
+
+    def _without_masks(self, index: Any, known: Mapping[int, torch.Tensor]) -> tuple[Any, ...]:
+        """An index with the places that its known masks pick, in their stead."""
+        found: list[Any] = []
+        for item in index if isinstance(index, tuple) else (index,):
+            value = known.get(id(item)) if isinstance(item, torch.Tensor) else None
+            if value is not None and value.dtype == torch.bool:
+                with _disable_current_modes():
+                    picked = value.nonzero(as_tuple=True)
+                found += [self._literal(places, self._is_given(item)) for places in picked]
+            else:
+                found.append(item)
+        return tuple(found)
+
+    def _literal(self, value: torch.Tensor, given: bool) -> torch.Tensor:
+        """A tensor of known values in the graph."""
+        tensor: torch.Tensor = torch.ops.aten.lift_fresh_copy.default(value)
+        with _disable_current_modes():
+            self.constants.advance(self._unknown())
+        if given and (node := node_of(tensor, self.tracer)) is not None:
+            self.constants.given.add(node)
+        return tensor
+
+    def _is_given(self, tensor: torch.Tensor) -> bool:
+        return node_of(tensor, self.tracer) in self.constants.given
+
+    def _readable(self, func: Callable[..., Any], tensor: torch.Tensor) -> torch.Tensor | None:
+        """The values, if Python may read them: those of a constant; of the inputs, sizes but no truth values."""
+        value = self._known_value(tensor)
+        if value is None or not self._is_given(tensor):
+            return value
+        if value.dtype == torch.bool or func is torch.Tensor.__bool__:
+            return None
+        inner = self.running[-1] if self.running else _Running("", None)
+        frames = frames_to(sys._getframe(2), inner.code, _CALL_MODULE_CODE)
+        where = f", {frames[0]}" if frames else ""
+        self.notes.append(f"traced with sizes that the example inputs give: {inner.fqn or 'the model'} reads them{where}")
+        return value
 
     def attribute(self, call: Call | None) -> None:
         """Say of the nodes made since the last time that `call` made them, in the module now running."""
