@@ -151,7 +151,7 @@ class Flow:
             node for fqn, node in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
         )
         self.differentiable = self._differentiable()
-        self._written = self._in_memory_written_to()
+        self._written = self._written_to_later()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
         self._dtypes = {node: _dtype(node) for node in analysis.dims}
@@ -173,14 +173,16 @@ class Flow:
                 found.add(node)
         return frozenset(found)
 
-    def _in_memory_written_to(self) -> frozenset[fx.Node]:
-        """Values in memory that an op writes into: what autograd forbids on the result of a collective."""
+    def _written_to_later(self) -> frozenset[fx.Node]:
+        """Values in memory that a later op writes into: what autograd forbids on the result of a collective."""
         ops = self.analysis.ops
-        written: set[int] = set()
-        for info in ops.values():
+        last: dict[int, int] = {}
+        for node, info in ops.items():
             if info.mutates is not None:
-                written |= _storages(info.operands[info.mutates].node)
-        return frozenset(node for node in ops if written & _storages(node)) if written else frozenset()
+                last.update(dict.fromkeys(_storages(info.operands[info.mutates].node), self.order[node]))
+        if not last:
+            return frozenset()
+        return frozenset(n for n in ops if any(last.get(s, -1) > self.order[n] for s in _storages(n)))
 
     # ---- what a choice of axes means at one op -------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-LARGEST = 1 << 16  # elements
+LARGEST = 1 << 20  # elements
 
 
 class Constants:
