@@ -60,7 +60,7 @@ class Constants:
     def _evaluate(self, node: fx.Node) -> None:
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload):
-            if target._schema.is_mutable:
+            if target._schema.is_mutable and target is not torch.ops.aten.detach_.default:
                 self._forget_mutated(node, target)
                 return
             if not _deterministic(target):
@@ -70,6 +70,7 @@ class Constants:
         if any(arg not in self.values for arg in node.all_input_nodes) or not _small(node.meta.get("val")):
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self.values[arg])
+        target = torch.ops.aten.detach.default if target is torch.ops.aten.detach_.default else target
         try:
             self.values[node] = target(*args, **kwargs)
         except Exception:  # a constant is a bonus: what cannot be computed here stays unknown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -31,6 +31,7 @@ _READS: dict[Any, Callable[[torch.Tensor], Any]] = {
     torch.Tensor.item: torch.Tensor.item,
     torch.Tensor.tolist: torch.Tensor.tolist,
 }
+_INDEXES = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 
 
@@ -99,6 +100,10 @@ class Recorder(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call; where its result's shape depends on values, by those that are known."""
+        if func in _READS:
+            return func(*args, **kwargs)
+        if func in _INDEXES:
+            args = (args[0], self._plain_index(args[1]), *args[2:])
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
@@ -114,22 +119,29 @@ class Recorder(TorchFunctionMode):
                 return map_tensors(real, lambda value: self._literal(value, given))
             if func in _REPEATS and (counts := known.get(id((*args[1:2], kwargs.get("repeats"))[0]))) is not None:
                 return func(*args, **{**kwargs, "output_size": int(counts.sum())})
-            if func is torch.Tensor.__getitem__:
-                return func(args[0], self._without_masks(args[1], known))
             raise
 
-    def _without_masks(self, index: Any, known: Mapping[int, torch.Tensor]) -> tuple[Any, ...]:
-        """An index with the places that its known masks pick, in their stead."""
+    def _plain_index(self, index: Any) -> Any:
+        """An index with numbers for known tensors in slices, and the places that known masks pick in their stead."""
+        items = index if isinstance(index, tuple) else (index,)
         found: list[Any] = []
-        for item in index if isinstance(index, tuple) else (index,):
-            value = known.get(id(item)) if isinstance(item, torch.Tensor) else None
-            if value is not None and value.dtype == torch.bool:
+        for item in items:
+            if isinstance(item, slice):
+                found.append(slice(*(self._plain_bound(bound) for bound in (item.start, item.stop, item.step))))
+                continue
+            mask = isinstance(item, torch.Tensor) and item.dtype == torch.bool
+            value = self._known_value(item) if mask else None
+            if value is not None:
                 with _disable_current_modes():
                     picked = value.nonzero(as_tuple=True)
                 found += [self._literal(places, self._is_given(item)) for places in picked]
             else:
                 found.append(item)
-        return tuple(found)
+        return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
+
+    def _plain_bound(self, bound: Any) -> Any:
+        value = self._readable(torch.Tensor.__index__, bound) if isinstance(bound, torch.Tensor) else None
+        return bound if value is None else int(value)
 
     def _literal(self, value: torch.Tensor, given: bool) -> torch.Tensor:
         """A tensor of known values in the graph."""
@@ -152,8 +164,8 @@ class Recorder(TorchFunctionMode):
             return None
         inner = self.running[-1] if self.running else _Running("", None)
         frames = frames_to(sys._getframe(2), inner.code, _CALL_MODULE_CODE)
-        where = f", {frames[0]}" if frames else ""
-        self.notes.append(f"traced with sizes that the example inputs give: {inner.fqn or 'the model'} reads them{where}")
+        where = f"{inner.fqn or 'the model'}{f', {frames[0]}' if frames else ''}"
+        self.notes.append(f"traced with sizes that the example inputs give, as read in {where}")
         return value
 
     def attribute(self, call: Call | None) -> None:

@@ -21,8 +21,18 @@ from autotp.trace.attributes import fields, is_config
 from autotp.trace.capture import Run, call_forward, trace
 from autotp.trace.fold import Folds, fold
 from autotp.trace.graph import Trace
-from autotp.trace.inputs import BATCH, DECODER_SEQ, SEQ, as_arguments, example_inputs, token_ids, vocabulary
+from autotp.trace.inputs import (
+    BATCH,
+    DECODER_SEQ,
+    SEQ,
+    Arguments,
+    as_arguments,
+    example_inputs,
+    token_ids,
+    vocabulary,
+)
 from autotp.trace.library import is_transformers
+from autotp.trace.media import media_inputs
 from autotp.trace.skeleton import skeleton
 
 _CACHES = ("past_key_values", "cache_params", "state")
@@ -42,7 +52,7 @@ def scenarios(
 ) -> tuple[Scenario, ...]:
     """The scenarios of `model`; the first is "forward", called with what the user gave or with
     `example_inputs`."""
-    args, kwargs = example_inputs(model) if given is None else as_arguments(given)
+    args, kwargs = _found_inputs(model) if given is None else as_arguments(given)
     found = [Scenario("forward", args, kwargs)]
     if trains_differently(model):
         found.append(Scenario("train", args, kwargs, training=True))
@@ -50,6 +60,19 @@ def scenarios(
     if decoding is not None:
         found.append(decoding)
     return tuple(found)
+
+
+def _found_inputs(model: nn.Module) -> Arguments:
+    """With images or sounds, where the model takes them beside text and can be traced so."""
+    args, kwargs = example_inputs(model)
+    for media in media_inputs(model):
+        with_media = {**kwargs, **media}
+        try:
+            trace_model(model, [Scenario("forward", args, with_media)])
+        except TraceError:
+            continue
+        return args, with_media
+    return args, kwargs
 
 
 def trace_model(

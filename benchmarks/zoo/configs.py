@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
-from autotp.trace.inputs import example_inputs
+from autotp.trace.scenario import scenarios
 
 #: task → the mappings of the auto classes that are swept
 TASKS: dict[str, tuple[str, ...]] = {
@@ -163,7 +163,7 @@ def build(model_type: str, cls: Any, options: Mapping[str, Any]) -> tuple[torch.
         sizes = {name: size for name, size in SMALL.items() if name in table}
         try:
             model = _build(model_type.split(":")[0], cls, {**sizes, **options})
-            inputs = drawn(example_inputs(model)[1])
+            inputs = drawn(scenarios(model)[0].kwargs)
             torch.manual_seed(3)
             with torch.no_grad():
                 model(**inputs)
@@ -188,8 +188,17 @@ def drawn(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: fresh(value) for key, value in inputs.items()}
 
 
+def place_tokens(config: Any) -> None:
+    """Let the placeholders of images and sounds be tokens of the small vocabulary, too."""
+    size = getattr(config.get_text_config(), "vocab_size", None) or 0
+    names = [n for n, v in vars(config).items() if n.endswith(("_token_id", "_token_index")) and isinstance(v, int)]
+    for k, name in enumerate(sorted(n for n in names if getattr(config, n) >= size > len(names))):
+        setattr(config, name, size - 1 - k)
+
+
 def _build(model_type: str, cls: Any, sizes: dict[str, Any]) -> torch.nn.Module:
     config = shrunk(cls.config_class, sizes, SPECIAL.get(model_type))
+    place_tokens(config)
     if hasattr(config, "is_decoder") and "CausalLM" in cls.__name__:
         config.is_decoder = True
     with torch.device("meta"):

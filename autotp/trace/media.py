@@ -1,0 +1,175 @@
+"""Example images and sounds beside text, for models that put their features in place of placeholder tokens.
+
+How many tokens an image takes is what the model says: its `get_image_features` (`get_audio_features`) is traced with
+the shapes in which such models take images, and the rows that come out are counted. The library's processors know the
+shapes, but need files that a model without a repository does not have.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autotp.errors import TraceError
+from autotp.trace.capture import trace
+from autotp.trace.graph import Trace
+from autotp.trace.inputs import BATCH, SEQ, token_ids, vocabulary
+from autotp.trace.library import is_transformers
+from autotp.trace.skeleton import skeleton
+
+Inputs = dict[str, torch.Tensor]
+
+_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text, 1 for the first other medium
+_LEADING = 2  # tokens of text before the placeholders
+_FRAMES = 96
+
+
+@dataclass(frozen=True)
+class _Medium:
+    getter: str
+    argument: str
+    tokens: tuple[str, ...]
+
+
+_MEDIA = (
+    _Medium("get_image_features", "pixel_values", ("image_token_id", "image_token_index")),
+    _Medium("get_audio_features", "input_features", ("audio_token_id", "audio_token_index")),
+)
+
+
+def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Example inputs with each medium that the model takes beside its text; one after another to try.
+
+    `input_ids` is [BATCH, SEQ + placeholders]; the placeholders of a row are in one run. Nothing for a model without
+    such media, or of which no shape is known to fit.
+    """
+    if not is_transformers(model) or model.main_input_name != "input_ids":
+        return
+    takes = inspect.signature(model.forward).parameters
+    for medium in _MEDIA:
+        token = _token(model, medium)
+        if token is None or medium.argument not in takes or not hasattr(model, medium.getter):
+            continue
+        getter = inspect.signature(getattr(model, medium.getter)).parameters
+        makes = _images if medium.argument == "pixel_values" else _sounds
+        for given in makes(model):
+            known = {k: v for k, v in given.items() if k in takes}
+            if "image_grid_thw" in given.keys() - known.keys():
+                continue
+            count = _rows(model, medium, {k: v for k, v in known.items() if k in getter or _open(getter)})
+            if count and count % BATCH == 0:
+                ids = _with_placeholders(model, token, count // BATCH)
+                types = {name: (ids == token).long() for name in _TYPES if name in takes}
+                yield {"input_ids": ids, **types, **known}
+                if "position_ids" in takes:  # what finds them branches on the sizes of images
+                    rows = torch.arange(ids.shape[1]).expand(3, *ids.shape).contiguous()
+                    yield {"input_ids": ids, **types, **known, "position_ids": rows}
+
+
+def _token(model: Any, medium: _Medium) -> int | None:
+    found = (getattr(model.config, name, None) for name in medium.tokens)
+    return next((t for t in found if isinstance(t, int) and 0 <= t < vocabulary(model)), None)
+
+
+def _open(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return "args" in parameters
+
+
+def _with_placeholders(model: Any, token: int, count: int) -> torch.Tensor:
+    text = token_ids(SEQ, vocabulary(model))
+    text = torch.where(text == token, text - 1, text)
+    return torch.cat([text[:, :_LEADING], torch.full((BATCH, count), token), text[:, _LEADING:]], 1)
+
+
+def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
+    """How many features there are; 0 where the model does not take what is given."""
+    try:
+        traced = trace(
+            skeleton(model), (), given, medium.getter, training=False,
+            run=lambda m, **kwargs: getattr(m, medium.getter)(**kwargs),
+        )  # fmt: skip
+    except TraceError:
+        return 0
+    width: int = model.get_input_embeddings().embedding_dim
+    return _elements(traced) // width
+
+
+def _elements(traced: Trace) -> int:
+    """Of the features that are ready for the text's embeddings, which come under this name beside the tower's own."""
+    ready = [port for port in traced.outputs if "pooler_output" in port.path] or list(traced.outputs)
+    return sum(int(port.node.meta["val"].numel()) for port in ready)
+
+
+# shapes
+
+
+def _images(model: Any) -> Iterator[Inputs]:
+    """The shapes of `pixel_values`, with what else tells their sizes; the most common first."""
+    dtype = _dtype(model)
+    vision = _part(model.config, "vision_config")
+    channels = _first(vision, "num_channels", "in_channels", "in_chans") or 3
+    size = _first(vision, "image_size", "img_size") or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    patch = _first(vision, "patch_size") or 16
+    patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    sizes = torch.tensor([[height, width]]).repeat(BATCH, 1)
+
+    merge = _first(vision, "spatial_merge_size", "merge_kernel_size") or _first(model.config, "spatial_merge_size") or 2
+    merge = merge[0] if isinstance(merge, (tuple, list)) else merge
+    side = 2 * merge
+    grid = torch.tensor([[1, side, side]]).repeat(BATCH, 1)
+    for frames in dict.fromkeys((_first(vision, "temporal_patch_size") or 1, 1)):
+        pixels = channels * frames * patch * patch
+        yield {"pixel_values": torch.zeros(BATCH * side * side, pixels, dtype=dtype), "image_grid_thw": grid}
+    flat = torch.zeros(BATCH * side * side, channels, patch, patch, dtype=dtype)
+    yield {"pixel_values": flat, "image_grid_thw": grid}
+
+    plain = torch.zeros(BATCH, channels, height, width, dtype=dtype)
+    yield {"pixel_values": plain}
+    yield {"pixel_values": plain, "image_sizes": sizes}
+    for count in (1, 2, 3, 5):  # an image and its tiles
+        yield {
+            "pixel_values": torch.zeros(BATCH, count, channels, height, width, dtype=dtype),
+            "image_sizes": sizes,
+            "pixel_attention_mask": torch.ones(BATCH, count, height, width, dtype=torch.bool),
+        }
+    rows = torch.arange(side).repeat_interleave(side)
+    places = torch.stack([torch.arange(side).repeat(side), rows], -1)
+    yield {
+        "pixel_values": torch.zeros(BATCH, side * side, channels * patch * patch, dtype=dtype),
+        "pixel_attention_mask": torch.ones(BATCH, side * side, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[side, side]]).repeat(BATCH, 1),
+        "image_position_ids": places.expand(BATCH, -1, -1).contiguous(),
+    }
+
+
+def _sounds(model: Any) -> Iterator[Inputs]:
+    """The shapes of `input_features`, with the mask that tells how long each is."""
+    dtype = _dtype(model)
+    audio = _part(model.config, "audio_config", "encoder_config")
+    bins = _first(audio, "num_mel_bins", "input_dim", "input_feat_size") or 80
+    positions = _first(audio, "max_source_positions")
+    for frames in dict.fromkeys((2 * positions if positions else _FRAMES, _FRAMES)):
+        for shape, length in (((BATCH, bins, frames), frames), ((BATCH, frames, bins), frames)):
+            mask = torch.ones(BATCH, length, dtype=torch.long)
+            yield {
+                "input_features": torch.zeros(shape, dtype=dtype),
+                "input_features_mask": mask,
+                "feature_attention_mask": mask,
+            }
+
+
+def _part(config: Any, *names: str) -> Any:
+    return next((part for name in names if (part := getattr(config, name, None)) is not None), config)
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
