@@ -93,10 +93,10 @@ def gather(
 
 
 def take(x: Tensor, dim: int, starts: Ints, lengths: Ints) -> Tensor:
-    """Replicate to Shard: this rank's runs of dim, for free. In eager mode a view where there is one run."""
+    """Replicate to Shard: this rank's runs of dim, contiguous, as code that takes views of it expects."""
     if not _eager(x):
         return cast(Tensor, _ops.take.default(x, dim, list(starts), list(lengths)))
-    return wire.narrow_runs(x, dim, starts, lengths)
+    return wire.narrow_runs(x, dim, starts, lengths).contiguous()
 
 
 def mask(x: Tensor, keep: bool) -> Tensor:
