@@ -8,6 +8,7 @@ shapes, but need files that a model without a repository does not have.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 
 from autotp.errors import TraceError
 from autotp.trace.capture import trace
-from autotp.trace.graph import Trace
 from autotp.trace.inputs import BATCH, SEQ, token_ids, vocabulary
 from autotp.trace.library import is_transformers
 from autotp.trace.skeleton import skeleton
@@ -86,7 +86,10 @@ def _with_placeholders(model: Any, token: int, count: int) -> torch.Tensor:
 
 
 def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
-    """How many features there are; 0 where the model does not take what is given."""
+    """How many features there are; 0 where the model does not take what is given.
+
+    Those that are ready for the text's embeddings come as ``pooler_output``, beside the tower's own.
+    """
     try:
         traced = trace(
             skeleton(model), (), given, medium.getter, training=False,
@@ -94,14 +97,10 @@ def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
         )  # fmt: skip
     except TraceError:
         return 0
-    width: int = model.get_input_embeddings().embedding_dim
-    return _elements(traced) // width
-
-
-def _elements(traced: Trace) -> int:
-    """Of the features that are ready for the text's embeddings, which come under this name beside the tower's own."""
     ready = [port for port in traced.outputs if "pooler_output" in port.path] or list(traced.outputs)
-    return sum(int(port.node.meta["val"].numel()) for port in ready)
+    shapes = [port.node.meta["val"].shape for port in ready]
+    width = model.get_input_embeddings().embedding_dim
+    return sum(math.prod(shape[:-1]) for shape in shapes) if all(shape[-1] == width for shape in shapes) else 0
 
 
 # shapes
