@@ -180,9 +180,18 @@ class Anchors:
         def takes_patches(user: fx.Node) -> bool:
             return self.leaf_of(user) is not None or has_site(user)
 
+        def is_barred(node: fx.Node, user: fx.Node) -> bool:
+            """Whether a use lies in a barred expression, and in no module that takes the value as an argument."""
+            call = self.site_of(user)
+            if call is None or self.leaf_of(user) is not None or (call.module, call.frames) not in self.barred:
+                return False
+            return not any(c.first <= self.position[user] < c.last for c, _ in self.inputs[node])
+
         def enter(node: fx.Node) -> int | None:
             if node.op == "placeholder":
                 return 0
+            if self.barred and any(is_barred(node, user) for user in users[node]):
+                return None
             boundary = self.boundary_after(node, users[node])
             if boundary is not None and boundary.fqn not in self.reused:
                 return 0

@@ -2,9 +2,9 @@
 
     python -m benchmarks.zoo --task causal-lm --tp 2 --json zoo.json
 
-Each model ends in one class: ``exact`` (the numbers agree, and at least 90 % of the bytes of its weights of two and
-more dims are sharded), ``partial`` (they agree, fewer are), ``refused`` (an AutoTPError before weights), ``wrong``,
-``crash``; or ``unbuildable``, where the tiny model does not run unsharded. Exit code 1 if any is wrong or crashed.
+Each model ends in one class: ``exact`` (the numbers agree, and at least 90 % of the bytes of its linear, embedding and
+expert weights are sharded), ``partial`` (they agree, fewer are), ``refused`` (an AutoTPError before weights),
+``wrong``, ``crash``; or ``unbuildable``, where the tiny model does not run unsharded. Exit code 1 if any is wrong or crashed.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def sweep(
                 result = job.close()
                 found.append((task, result))
                 console.print(
-                    f"{task} {result.name} [bold]{result.kind}[/] {result.share:.1%} {result.error:.0e} "
+                    f"{task} {result.name} [bold]{result.kind}[/] {result.weights:.1%} {result.error:.0e} "
                     f"{result.seconds:.0f} s {result.reason[:300] if result.kind != 'exact' else ''}",
                     highlight=False, soft_wrap=True,
                 )  # fmt: skip

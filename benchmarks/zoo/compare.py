@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from .configs import build
 #: Relative to the largest element. Many models compute norms or softmax in float32 (eps 1.2e-7) whatever their dtype.
 RTOL = 1e-4
 NEW_TOKENS = 8
+_LAYER = re.compile(r"(?<![^.])(\d+|\{[\d,-]+\})(?![^.])")  # of a name in a model, or in a plan that joins layers
 LEAST_SHARE = 0.9
 
 
@@ -33,7 +35,8 @@ class Result:
     cls: str
     kind: str = "crash"
     reason: str = ""
-    share: float = 0.0
+    share: float = 0.0  # of all parameter bytes
+    weights: float = 0.0  # of those of linear, embedding and expert weights
     error: float = 0.0
     seconds: float = 0.0
     whole: dict[str, str] = field(default_factory=dict)  # weights that stayed replicated: name → why
@@ -55,13 +58,13 @@ def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result
         return result
     sharding = sharding_of(model)
     assert sharding is not None
-    result.share, result.whole = sharded_share(sharding.plan)
+    result.share, result.weights, result.whole = sharded_share(reference, sharding.plan)
     result.error, problem = difference(model, reference, inputs)
     if not problem and tokens and reference.can_generate():  # type: ignore[operator]
         problem = other_tokens(model, reference, inputs)
     if problem:
         result.kind, result.reason = "wrong", problem
-    elif result.share >= LEAST_SHARE:
+    elif result.weights >= LEAST_SHARE:
         result.kind = "exact"
     else:
         result.kind = "partial"
@@ -70,12 +73,20 @@ def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result
     return result
 
 
-def sharded_share(plan: autotp.Plan) -> tuple[float, dict[str, str]]:
-    """(share of the bytes of weights with two dims and more that no rank holds whole, those that all hold whole)."""
+def sharded_share(model: nn.Module, plan: autotp.Plan) -> tuple[float, float, dict[str, str]]:
+    """(share of all bytes that no rank holds whole, that of linear, embedding and expert weights, those of them that
+    all hold whole): every parameter of two and more dims, but for the kernels of convolutions.
+    """
+    kernels = {
+        _LAYER.sub("*", f"{name}.{own}")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and max(module.kernel_size) > 1
+        for own, _ in module.named_parameters(recurse=False)
+    }
     total = sharded = 0
     whole: dict[str, tuple[int, str]] = {}
     for entry in plan.entries:
-        if len(entry.global_shape) < 2:
+        if len(entry.global_shape) < 2 or _LAYER.sub("*", entry.name) in kernels:
             continue
         total += entry.global_bytes * entry.count
         if max(entry.local_bytes) < entry.global_bytes:
@@ -83,7 +94,8 @@ def sharded_share(plan: autotp.Plan) -> tuple[float, dict[str, str]]:
         else:
             whole[entry.name] = (entry.global_bytes * entry.count, entry.note)
     largest = sorted(whole.items(), key=lambda item: -item[1][0])
-    return sharded / max(1, total), {name: note for name, (_, note) in largest}
+    everything = plan.sharded_bytes / max(1, plan.weight_bytes)
+    return everything, sharded / total if total else everything, {name: note for name, (_, note) in largest}
 
 
 def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, str]:
