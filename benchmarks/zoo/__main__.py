@@ -4,7 +4,8 @@
 
 Each model ends in one class: ``exact`` (the numbers agree, and at least 90 % of the bytes of its linear, embedding and
 expert weights are sharded), ``partial`` (they agree, fewer are), ``refused`` (an AutoTPError before weights),
-``wrong``, ``crash``; or ``unbuildable``, where the tiny model does not run unsharded. Exit code 1 if any is wrong or crashed.
+``wrong``, ``crash``; or ``unbuildable``, where the tiny model does not run unsharded. Exit code 1 if any is wrong or
+crashed.
 """
 
 from __future__ import annotations

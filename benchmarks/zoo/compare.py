@@ -22,6 +22,8 @@ from .configs import build
 
 #: Relative to the largest element. Many models compute norms or softmax in float32 (eps 1.2e-7) whatever their dtype.
 RTOL = 1e-4
+#: Of the largest gradient of the model: one below is rounding (the bias of attention's keys, whose gradient is zero).
+NOISE = 1e-5
 NEW_TOKENS = 8
 _LAYER = re.compile(r"(?<![^.])(\d+|\{[\d,-]+\})(?![^.])")  # of a name in a model, or in a plan that joins layers
 LEAST_SHARE = 0.9
@@ -147,6 +149,7 @@ def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]
             return math.inf, f"gradient of {name}: one has none"
         if grad is not None and mine is not None:
             pairs.append((f"gradient of {name}", mine, local(name, grad)))
+    floor = NOISE * max((float(g.abs().max()) for g in whole.values() if g is not None and g.numel()), default=0.0)
     for what, a, b in pairs:
         if a is None or a.shape != b.shape:
             return math.inf, f"{what}: {None if a is None else tuple(a.shape)}, not {tuple(b.shape)}"
@@ -161,7 +164,7 @@ def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]
             if not finite.any():
                 continue
             scale = float(b[finite].abs().max())
-            error = float((a[finite] - b[finite]).abs().max()) / max(scale, 1e-8)
+            error = float((a[finite] - b[finite]).abs().max()) / max(scale, floor, 1e-8)
             worst = max(worst, error)
             if not error <= RTOL:
                 return error, f"{what}: off by {error:.1e} of its largest element {scale:.1e}"

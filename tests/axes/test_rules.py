@@ -105,6 +105,7 @@ CONTRACTIONS = [
     s("linear", "abc, dc, d -> abd", real(2, 3, 5), real(7, 5), real(7)),
     s("linear", "a, ba -> b", real(5), real(7, 5)),
     s("linear", "ab, cb -> ac", real(3, 5), real(7, 5), None),
+    s("linear", "abc, c -> ab", real(2, 3, 5), real(5)),
     s("matmul", "a, a -> ", real(5), real(5, seed=1)),
     s("matmul", "ab, b -> a", real(3, 5), real(5)),
     s("matmul", "a, ab -> b", real(5), real(5, 7)),

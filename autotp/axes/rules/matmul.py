@@ -11,7 +11,6 @@ from autotp.axes.rules.dims import in_place
 from autotp.axes.rules.registry import OpContext, Rule, block_everything, einsum_rule, make_einsum_rule, rule
 from autotp.errors import RuleError
 
-einsum_rule(["aten.linear"], "...i, oi, o -> ...o", linear="mul", of=(0, 1), added=(2,))
 einsum_rule(["aten.mm"], "mk, kn -> mn", linear="mul", of=(0, 1))
 einsum_rule(["aten.bmm"], "bmk, bkn -> bmn", linear="mul", of=(0, 1))
 einsum_rule(["aten.mv"], "mk, k -> m", linear="mul", of=(0, 1))
@@ -23,6 +22,16 @@ einsum_rule(["aten.bilinear"], "...i, ...j, oij, o -> ...o", linear="mul", of=(0
 @cache
 def _product(text: str, factors: tuple[int, ...], added: tuple[int, ...] = ()) -> Rule:
     return make_einsum_rule(text, linear="mul", of=factors, added=added)
+
+
+@rule("aten.linear")
+def linear(op: OpContext) -> None:
+    """A weight of one dim makes one feature, without a dim of its own."""
+    vector = len(op.args["weight"].meta["val"].shape) == 1
+    if vector:
+        _product("...i, i -> ...", (0, 1))(op)
+    else:
+        _product("...i, oi, o -> ...o", (0, 1), (2,))(op)
 
 
 @rule("aten.inner")

@@ -1,0 +1,58 @@
+"""Architectures of transformers that span the mechanisms, by the benchmark that runs all of them.
+
+Each is built tiny by `benchmarks.zoo` and held against itself unsharded: outputs, gradients, and tokens where it
+generates. `tests/e2e/test_models.py` looks closer, at fewer.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.zoo.compare import Result, run
+from benchmarks.zoo.configs import architectures
+from tests.dist.pool import Pool
+
+#: task → what is particular about which architecture
+SUBSET: dict[str, dict[str, str]] = {
+    "causal-lm": {
+        "deepseek_v3": "multi-latent attention, shared and routed experts",
+        "olmo2": "norms over all heads together",
+        "mamba": "state space: a scan in Python, a fused in-projection",
+        "mamba2": "state space with heads, a depthwise convolution over a part of the projection",
+        "rwkv": "linear attention with a state",
+        "jamba": "state space and attention layers, experts",
+        "qwen3_next": "gated delta rule",
+        "falcon_h1": "attention and state space side by side",
+        "mpt": "ALiBi",
+        "gemma3_text": "sliding windows, norms before and after",
+        "gptj": "parallel residual",
+        "granitemoe": "stacked experts behind a router",
+        "xlm": "in-place masks, sizes read from the inputs",
+        "minicpm3": "multi-latent attention, low ranks",
+    },
+    "masked-lm": {
+        "albert": "the same layer several times",
+        "deberta-v2": "disentangled attention",
+        "xmod": "adapters",
+    },
+    "seq2seq": {
+        "t5": "relative position tables by head, shared by all layers",
+        "led": "local windows with a global part, padded inputs",
+        "bart": "cross-attention, tied weights",
+    },
+    "image": {"swin": "shifted windows with tables by head", "convnext": "depthwise convolutions"},
+    "audio": {"wav2vec2": "a weight-normed convolution by groups", "whisper": "a tower of convolutions"},
+    "multimodal": {"llava": "an image tower before a language model", "clip": "two towers"},
+}
+
+
+def run_one(task: str, name: str) -> Result:
+    return run(name, dict(architectures(task))[name], {}, tokens=task in ("causal-lm", "seq2seq"))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [pytest.param(task, name, id=name) for task, names in SUBSET.items() for name in names]
+)
+def test_exact(dist: Pool, task: str, name: str) -> None:
+    for result in dist.run(2, run_one, task, name):
+        assert result.kind == "exact", (result.kind, result.weights, result.reason)
