@@ -43,10 +43,13 @@ class Candidate:
         return n
 
 
-def split_evenly(n: int, parts: int) -> tuple[Range, ...]:
-    """``n`` elements over ``parts``, the first ``n % parts`` get one more: 6 over 4 is 2, 2, 1, 1."""
-    q, r = divmod(n, parts)
-    bounds = [i * q + min(i, r) for i in range(parts + 1)]
+def split_evenly(n: int, parts: int, unit: int = 1) -> tuple[Range, ...]:
+    """``n`` elements over ``parts``, the first ``n % parts`` get one more: 6 over 4 is 2, 2, 1, 1.
+
+    In whole units of 4, 24 over 4 is 8, 8, 4, 4.
+    """
+    q, r = divmod(n // unit, parts)
+    bounds = [unit * (i * q + min(i, r)) for i in range(parts + 1)]
     return tuple(zip(bounds, bounds[1:], strict=False))
 
 
@@ -116,7 +119,7 @@ def axis_keys(analysis: Analysis) -> dict[Atom, str]:
 
 def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
     """Every axis, and every nested pair of axes, of the model's parameters that ``tp`` ranks can share."""
-    keys = axis_keys(analysis)
+    keys, units = axis_keys(analysis), analysis.units()
     frozen = analysis.frozen | _gathered_weights(analysis)
     found: dict[tuple[Atom, ...], Candidate] = {}
     for fqn, node in analysis.trace.params.items():
@@ -124,17 +127,21 @@ def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
             continue
         dims = analysis.dims[node][0]
         for atom in atoms_of(dims):
-            if atom not in frozen and atom.size >= tp:
-                found.setdefault((atom,), Candidate((atom,), (split_evenly(atom.size, tp),), keys[atom]))
+            unit = units.get(atom, 1)
+            if atom not in frozen and atom.size >= tp * unit and atom.size % unit == 0:
+                ranges = split_evenly(atom.size, tp, unit)
+                found.setdefault((atom,), Candidate((atom,), (ranges,), keys[atom]))
         for dim in dims:
             for outer, inner in _neighbours(dim):
                 if outer in frozen or inner in frozen or not 1 < outer.size < tp <= outer.size * inner.size:
                     continue
                 if inner.size < -(-tp // outer.size):
                     continue
-                ranges = split_nested(outer.size, inner.size, tp)
+                if units.get(inner, 1) > 1:
+                    continue  # split_nested knows no units
+                nested = split_nested(outer.size, inner.size, tp)
                 found.setdefault(
-                    (outer, inner), Candidate((outer, inner), ranges, f"{keys[outer]} {keys[inner]}")
+                    (outer, inner), Candidate((outer, inner), nested, f"{keys[outer]} {keys[inner]}")
                 )
     return tuple(found.values())
 

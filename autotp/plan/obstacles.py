@@ -57,6 +57,10 @@ class Obstacles:
                         return f"{self.place(node)} has the axis (of {sizes}) on two dims of one tensor"
         if free and all(a.size < self.tp for a in free):
             return f"the axis has {sizes} elements, fewer than tp={self.tp}"
+        units = self.analysis.units()
+        if free and all(a.size < self.tp * units.get(a, 1) or a.size % units.get(a, 1) for a in free):
+            unit = ", ".join(str(units[a]) for a in sorted(free, key=lambda a: a.id) if a in units)
+            return f"the axis has {sizes} elements, which a kernel takes in units of {unit}: tp={self.tp} has no split"
         for note in self.analysis.notes:
             info = self.analysis.ops[note.node]
             if any(atoms & set(atoms_of(operand.dims)) for operand in info.operands):
