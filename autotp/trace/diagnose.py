@@ -82,6 +82,7 @@ def _needs_memory(error: BaseException) -> bool:
         or "Cannot access data pointer of Tensor" in text
         or "no fake impl registered" in text
         or ("only support" in text and "CUDA" in text)
+        or ("not support" in text and "CPU" in text)
         or "not compiled with CUDA" in text
         or ("Could not run '" in text and "backend" in text)
     )
