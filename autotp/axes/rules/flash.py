@@ -1,13 +1,15 @@
 """Rules of attention kernels that keep heads next to last: ``[b, s, h, d]``, or ``[t, h, d]`` for packed sequences.
 
 FlashAttention's ops, PyTorch's own, xformers' and (with heads second) ``flex_attention``. Heads pass, and the batch
-where nothing else speaks of it (lengths, tables of pages); positions and the head dim are needed whole. With fewer heads
-of keys than of queries the latter are ``K · G``, as in `attention`.
+where nothing else speaks of it (lengths, tables of pages); positions and the head dim are needed whole. With fewer
+heads of keys than of queries the latter are ``K · G``, as in `attention`.
 """
 
 from __future__ import annotations
 
-from torch import fx, nn
+from typing import Any
+
+from torch import fx
 
 from autotp.axes.rules.attention import Use, grouped_heads
 from autotp.axes.rules.dims import block_all, whole_dims
@@ -120,8 +122,7 @@ def _asks(function: object, argument: int) -> bool:
     """Whether the graph of a scores' or a mask's function uses one of its arguments. In doubt, yes."""
     if not isinstance(function, fx.Node):
         return function is not None
-    module = getattr(function.graph.owning_module, str(function.target), None)
-    graph = module.graph if isinstance(module, nn.Module) and hasattr(module, "graph") else None
+    graph: Any = getattr(getattr(function.graph.owning_module, str(function.target), None), "graph", None)
     if not isinstance(graph, fx.Graph):
         return True
     users = [n for n in graph.nodes if n.op == "placeholder"][argument].users
