@@ -10,12 +10,16 @@ concatenation do not meet (``(H·D | F)`` may shard H and F both).
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..axes.analysis import Analysis
+import torch
+from torch import fx
+
+from ..axes.analysis import Analysis, aliased_args
 from ..axes.term import Atom, Cat, Dim
 
 Range = tuple[int, int]
@@ -148,14 +152,22 @@ def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
 
 def _gathered_weights(analysis: Analysis) -> frozenset[Atom]:
     """Axes of a parameter that a use of it needs whole: sharding them would mean gathering a weight at each forward."""
-    params = set(analysis.trace.params.values())
-    return frozenset(
-        atom
-        for info in analysis.ops.values()
-        for operand in info.operands
-        if operand.node in params
-        for atom in set(atoms_of(analysis.dims[operand.node][0])) - set(atoms_of(operand.dims))
-    )
+    return frozenset(atom for _, atoms in gathered_weights(analysis) for atom in atoms)
+
+
+def gathered_weights(analysis: Analysis) -> Iterator[tuple[fx.Node, set[Atom]]]:
+    """Each op that needs axes of a weight whole, and those. A weight that is transposed, or viewed, is one."""
+    weights = {node: math.prod(node.meta["val"].shape) for node in analysis.trace.params.values()}
+    for node, info in analysis.ops.items():
+        for operand in info.operands:
+            if operand.node in weights:
+                made = set(atoms_of(analysis.dims[operand.node][operand.output]))
+                if gathered := made - set(atoms_of(operand.dims)):
+                    yield node, gathered
+        viewed = [arg for arg, writes in aliased_args(node) if not writes and arg in weights]
+        value = node.meta.get("val")
+        if viewed and isinstance(value, torch.Tensor) and math.prod(value.shape) == weights[viewed[0]]:
+            weights[node] = weights[viewed[0]]
 
 
 def sharded_share(dims: Iterable[Dim], sharded: frozenset[Atom]) -> float:
