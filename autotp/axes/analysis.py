@@ -12,6 +12,7 @@ keeps is that the batch and sequence dims of the inputs are frozen.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from autotp.axes.rules.registry import (
     is_tensor_node,
     output_shapes,
 )
-from autotp.axes.term import Atom, CannotUnify, Cat, Dim, Solver, atoms_of, repeated_atoms
+from autotp.axes.term import Atom, CannotUnify, Cat, Dim, Solver, atoms_of, repeated_atoms, units_in
 from autotp.errors import RuleError
 from autotp.trace.provenance import Dim as Size
 from autotp.trace.provenance import Expr, expression
@@ -63,6 +64,7 @@ class OpInfo:
     random: bool = False
     averaged: bool = False  # the contraction is a mean: an addend is scaled by the rank's share of the elements
     mutates: int | None = None
+    units: tuple[tuple[Dim, int], ...] = ()  # local sizes of the dim are multiples of the number
     localize: Localize | None = (
         None  # args and kwargs of a rank, given the local size of a dim; None: unchanged
     )
@@ -98,6 +100,15 @@ class Analysis:
     def is_frozen(self, dim: Dim) -> bool:
         """Whether no atom of a resolved dim may be sharded."""
         return all(atom in self.frozen for atom in atoms_of(dim))
+
+    def units(self) -> Mapping[Atom, int]:
+        """Axes of which a rank gets whole units only, as a kernel asks for, and the elements of one."""
+        found: dict[Atom, int] = {}
+        for info in self.ops.values():
+            for dim, unit in info.units:
+                for atom, n in units_in(dim, unit):
+                    found[atom] = math.lcm(found.get(atom, 1), n)
+        return found
 
     def param_dims(self, fqn: str) -> tuple[Dim, ...]:
         """The dims of a parameter or buffer."""
@@ -196,7 +207,7 @@ class _Walk:
         self.ops[node] = OpInfo(
             operands, context.results, frozenset(context.whole_results), tuple(context.contracted), linear,
             context.added_operands, context.is_random, context.is_mean, context.mutated,
-            self.resolved_localize(context.localizer()),
+            tuple(context.units), self.resolved_localize(context.localizer()),
         )  # fmt: skip
 
     def where(self, node: fx.Node) -> str:
@@ -295,6 +306,7 @@ class _Walk:
                 operands=tuple(replace(o, dims=all_of(o.dims)) for o in info.operands),
                 out=tuple(all_of(dims) for dims in info.out),
                 contracted=all_of(info.contracted),
+                units=tuple((resolve(dim), unit) for dim, unit in info.units),
             )
             for node, info in self.ops.items()
         }

@@ -21,7 +21,7 @@ refined. A *varying* atom is a frozen one whose size is the batch's or the seque
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from autotp.axes.dim import (
@@ -432,3 +432,16 @@ def _grouped(parts: Sequence[Dim], inner: int) -> list[Dim]:
             groups.append(concat(group))
             group = []
     return groups
+
+
+def units_in(dim: Dim, unit: int) -> Iterator[tuple[Atom, int]]:
+    """How each atom of a dim has to be split so that what is left of the dim is a multiple of `unit`."""
+    inner = 1
+    for factor in reversed(dim):
+        own = unit // math.gcd(unit, inner)
+        if isinstance(factor, Cat):
+            for part in factor.parts:
+                yield from units_in(part, own)
+        elif own > 1:
+            yield factor, own
+        inner *= size_of((factor,))

@@ -8,7 +8,8 @@ The mathematical program. Let *S* be a set of candidates (`candidates.candidates
 
 find the one of least communication (`reductions.Flow.communicate`: bytes first, then number of
 collectives), then of most sharded bytes. The tolerance lets the hidden dim lose, which touches every last
-norm weight but needs a sum at each of them.
+norm weight but needs a sum at each of them. From the winner, axes are taken out that shard less than ``TRIFLE`` of the
+weight bytes and are gathered for it (the router of a mixture of experts).
 
 All maximal sets are enumerated (maximal cliques of the complement graph, Bron and Kerbosch 1973); the
 communication of each is an exact minimum cut. Sets whose axes turn out not to be shardable together
@@ -37,6 +38,8 @@ from .repair import Refusals, repaired
 
 #: Share of the sharded weight bytes that may be given up for less communication.
 TOLERANCE = 0.1
+#: Share of the weight bytes that an axis has to shard to be worth a gather.
+TRIFLE = 0.001
 #: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model
 #: go first.
 MOST_SETS = 64
@@ -149,6 +152,7 @@ def choose(
         raise PlanError(f"no set of axes can be sharded as the overrides ask{why}")
     if best is None:
         best = Choice((), Communication(), 0.0, total, True)
+    best = _without_trifles(best, classes, required, flow, bytes_of)
     return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)
 
 
@@ -216,6 +220,38 @@ def _promising(
 
 def _rank(choice: Choice) -> tuple[int, int, float]:
     return choice.communication.cost_bytes, choice.communication.collectives, -choice.sharded_bytes
+
+
+def _without_trifles(
+    choice: Choice,
+    classes: Mapping[str, tuple[Candidate, ...]],
+    required: Iterable[frozenset[Atom]],
+    flow: Flow,
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> Choice:
+    """Less communication for next to no bytes: without the small weights that are sharded only to be gathered."""
+    gathered = {
+        atom
+        for conversion in choice.communication.conversions
+        if conversion.kind == "gather"
+        for atom in atoms_of([conversion.axes])
+    }
+    for members in classes.values():
+        rest = tuple(c for c in choice.candidates if c not in members)
+        own = {a for c in members for a in c.atoms}
+        left = {a for c in rest for a in c.atoms}
+        if len(rest) == len(choice.candidates) or not own & gathered:
+            continue
+        size = bytes_of(rest)
+        if choice.sharded_bytes - size > TRIFLE * choice.weight_bytes or not all(left & r for r in required):
+            continue
+        try:
+            communication = flow.communicate(rest)
+        except PlanError:
+            continue
+        if communication.cost_bytes < choice.communication.cost_bytes:
+            choice = Choice(rest, communication, size, choice.weight_bytes, choice.proven)
+    return choice
 
 
 def _communicate(

@@ -157,9 +157,11 @@ class Anchors:
         return []
 
     def site_of(self, node: fx.Node) -> Call | None:
-        """The expression of the user's source whose value ``node`` is."""
+        """The expression of the user's source whose value ``node`` is; none in code that only the trace runs."""
         call: Call | None = node.meta.get("call")
-        return call if call is not None and call.site is not None and call.frames else None
+        if call is None or call.site is None or not call.frames or call.twin_of:
+            return None
+        return call
 
     def places(self) -> Places:
         """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""

@@ -16,7 +16,7 @@ from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
 from ..plan.reductions import Edge, is_disjoint
-from ..trace.graph import Path, Site
+from ..trace.graph import Call, Path, Site
 from .anchors import Anchors, Boundary, LeafKind
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
 
@@ -109,6 +109,12 @@ class Program:
                 for i, name in enumerate(originals(b.fqn))
             },
         )
+
+
+def _kernel_call(node: fx.Node) -> Draw | None:
+    """Where the model calls the kernel in whose twin a random number is drawn: ``kernel(module, query, ...)``."""
+    call: Call | None = node.meta.get("call")
+    return Draw(call.module, call.around, ("args", 1)) if call is not None and call.around else None
 
 
 @dataclass(slots=True)
@@ -293,6 +299,8 @@ class _Compiler:
                 found[Draw(module)] = None
             elif call is not None and info.operands:
                 found[Draw(call.module, call.frames, info.operands[0].path)] = None
+            elif (kernel := _kernel_call(node)) is not None:
+                found[kernel] = None
             else:
                 raise RewriteError(
                     f"{node.target} in {self.trace.where(node)}: cannot draw other numbers on each rank",
@@ -426,6 +434,13 @@ class _Compiler:
     def _wrap(self, node: fx.Node, operand: Path | None, steps: list[Step], share: int | None = None) -> None:
         call = self.anchors.site_of(node)
         leaf = self.anchors.leaf_of(node)
+        traced: Call | None = node.meta.get("call")
+        if traced is not None and traced.twin_of:
+            raise RewriteError(
+                f"{self.trace.where(node)}: would communicate in code that was traced in place of "
+                f"{traced.twin_of!r}, which the model runs; an implementation that can be traced can be sharded",
+                node.meta.get("module", ""),
+            )
         if call is None or leaf is not None:
             raise RewriteError(
                 f"{node.name} in {self.trace.where(node)}: no expression of the source to communicate at"

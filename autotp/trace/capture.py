@@ -28,6 +28,7 @@ from autotp.trace.makefx import current_tracer, fake_mode, make_graph, node_of
 from autotp.trace.provenance import Attr, ProvInt, Session, make, rewired
 from autotp.trace.recorder import RanModule, Recorder
 from autotp.trace.skeleton import is_lazy
+from autotp.trace.twins import Twins, twins
 
 Run = Callable[..., Any]
 """How a scenario calls the module: `run(module, *args, **kwargs)`."""
@@ -55,9 +56,10 @@ def trace(
     module is afterwards as it was. Raises `TraceError` where the forward cannot be captured.
     """
     kwargs = dict(kwargs or {})
-    work = _Work(module, tuple(args), kwargs, scenario, run)
     branch = unmasked() if scenario == "unmasked" else nullcontext()
-    with _mode(module, scenario == "train" if training is None else training), branch, unchecked():
+    training = scenario == "train" if training is None else training
+    with _mode(module, training), branch, unchecked(), twins(module) as own:
+        work = _Work(module, tuple(args), kwargs, scenario, run, own)
         session = Session(watch)
         try:
             return work.attempt(session)
@@ -91,6 +93,7 @@ class _Work:
     kwargs: dict[str, Any]
     scenario: str
     run: Run
+    twins: Twins
     failed_in: str | None = None
 
     def attempt(self, session: Session | None, exclude: frozenset[type] = frozenset()) -> Trace:
@@ -118,7 +121,7 @@ class _Work:
                 {n: v for n, v in buffers.items() if n is not None},
                 {n: v for n, v in integers.items() if n is not None},
             )
-            recorder = Recorder(self.module, tracer, session, constants)
+            recorder = Recorder(self.module, tracer, session, constants, self.twins)
             names = {**fakes, **{alias: fakes[name] for alias, name in state.aliases.items()}}
             registered = {n: t for n, t in names.items() if n not in state.loose}
             for name, (module, attr) in state.loose.items():  # `provenance` puts the attributes back

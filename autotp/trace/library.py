@@ -1,18 +1,16 @@
-"""The adapter for transformers: its switches that make a model traceable on a CPU. It is never imported from
-here; a model is known to be one of its by what it has."""
+"""The adapter for transformers: what makes a model traceable on a CPU (`twins` has its kernels). It is never imported
+from here; a model is known to be one of its by what it has."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager
 
 from torch import nn
 
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-_TRACEABLE_ATTENTION = {None, "eager", "sdpa"}
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -53,26 +51,3 @@ def unmasked() -> Iterator[None]:
         yield
     finally:
         setattr(masking, name, find)
-
-
-def make_traceable(skeleton: nn.Module) -> None:
-    """Let a skeleton run code that fake CPU tensors can follow: batched experts (the loop over `nonzero()`
-    and the grouped kernels cannot), sdpa in place of attention kernels that need a GPU."""
-    configs: dict[int, Any] = {}
-    for module in skeleton.modules():
-        if not is_transformers(module):
-            continue
-        model: Any = module
-        todo = [model.config]
-        while todo:
-            config = todo.pop()
-            if id(config) not in configs:
-                configs[id(config)] = config
-                todo += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-        experts = getattr(model.config, "_experts_implementation", None)
-        if hasattr(model, "set_experts_implementation") and experts not in ("batched_mm", "eager_batched"):
-            with suppress(Exception):  # a model without experts, or one that cannot switch
-                model.set_experts_implementation("batched_mm")
-    for config in configs.values():
-        if config is not None and getattr(config, "_attn_implementation", None) not in _TRACEABLE_ATTENTION:
-            config._attn_implementation_internal = "sdpa"

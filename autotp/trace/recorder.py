@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ from autotp.trace.leaves import int_leaves, map_tensors, tensor_leaves
 from autotp.trace.makefx import node_of
 from autotp.trace.provenance import Dim, Session, make
 from autotp.trace.sites import forward_code, frames_to
+from autotp.trace.twins import Twins
 
 _SHAPE = torch.Tensor.shape
 _READS: dict[Any, Callable[[torch.Tensor], Any]] = {
@@ -63,6 +64,7 @@ class Recorder(TorchFunctionMode):
     tracer: Any
     session: Session | None
     constants: Constants
+    twins: Twins = field(default_factory=Twins)
     ran: list[RanModule] = field(default_factory=list)
     failed_in: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -183,12 +185,18 @@ class Recorder(TorchFunctionMode):
     def _call(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType) -> Call:
         inner = self.running[-1] if self.running else _Running("", None)
         frames = frames_to(frame, inner.code, _CALL_MODULE_CODE)
+        frames = tuple(site for site in frames if not self.twins.is_op(site.code))
         name = getattr(func, "__name__", None) or str(func)
         if name == "__get__":  # a property: T, mT, real …
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         ints = (*int_leaves(args, ("args",)), *int_leaves(kwargs, ("kwargs",)))
         self.calls += 1
-        return Call(name, frames[0] if frames else None, frames, inner.fqn, ints, self.calls - 1)
+        call = Call(name, frames[0] if frames else None, frames, inner.fqn, ints, self.calls - 1)
+        outermost = max((i for i, site in enumerate(frames) if self.twins.of(site.code)), default=None)
+        if outermost is None:
+            return call
+        twin_of = self.twins.of(frames[outermost].code)
+        return replace(call, twin_of=twin_of, around=frames[outermost + 1 :])
 
     def _sized(self, size: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size that was read, as provenance integers."""

@@ -34,6 +34,7 @@ from autotp.trace.inputs import (
 from autotp.trace.library import is_transformers
 from autotp.trace.media import media_inputs
 from autotp.trace.skeleton import skeleton
+from autotp.trace.twins import Switch, registered, replaced, switches
 
 _CACHES = ("past_key_values", "cache_params", "state")
 
@@ -79,25 +80,71 @@ def trace_model(
     model: nn.Module, wanted: Sequence[Scenario], *, folded: bool = True
 ) -> tuple[tuple[Trace, ...], Folds]:
     """Trace a skeleton of `model` in each scenario; all traces share the skeleton. Repeated layers are folded
-    where that is possible and right.
+    where that is possible and right. Kernels that cannot be traced are traced as their twins.
 
     A scenario other than the first that cannot be traced is left out, and the first trace says so in its
     notes.
     """
+    first: TraceError | None = None
+    *before, last = switches(model)
+    for switch in before:
+        try:
+            traces, folds = _traced(model, wanted, switch, folded, complete=True)
+            return (_twins_noted(traces[0], model, first), *traces[1:]), folds
+        except TraceError as error:
+            first = first or error
+    try:
+        traces, folds = _traced(model, wanted, last, folded)
+    except TraceError as error:
+        if first is None or str(first) == str(error):
+            raise
+        raise _no_twin(model, last, first, error) from error
+    return (_twins_noted(traces[0], model, first), *traces[1:]), folds
+
+
+def _traced(
+    model: nn.Module, wanted: Sequence[Scenario], switch: Switch, folded: bool, complete: bool = False
+) -> tuple[tuple[Trace, ...], Folds]:
+    """The traces with these twins. `complete`: an error where any scenario cannot be traced."""
     if folded:
-        bare = skeleton(model)
+        bare = skeleton(model, switch)
         folds = fold(bare)
         if folds:
             traces, failed = _each(bare, wanted, folds)
-            if wanted[0].name in traces and not folds.suspect:
+            if wanted[0].name in traces and not folds.suspect and not (complete and failed):
                 # what fails folded (a loop over range(num_layers), say) may be fine in the whole model
                 again = [scenario for scenario in wanted if scenario.name in failed]
-                if not _each(skeleton(model), again, Folds())[0]:
+                if not _each(skeleton(model, switch), again, Folds())[0]:
                     return _noted(traces, failed), folds
-    traces, failed = _each(skeleton(model), wanted, Folds())
-    if wanted[0].name in failed:
-        raise failed[wanted[0].name]
+    traces, failed = _each(skeleton(model, switch), wanted, Folds())
+    if wanted[0].name in failed or (complete and failed):
+        raise failed.get(wanted[0].name) or next(iter(failed.values()))
     return _noted(traces, failed), Folds()
+
+
+def _twins_noted(trace: Trace, model: nn.Module, error: TraceError | None) -> Trace:
+    """A note for each function of the user's that a twin stands in for: that it fits is the user's to know."""
+    if error is None:
+        return trace
+    notes = tuple(
+        f"{chosen!r} cannot be traced on a CPU and was planned as {twin!r}: it is called with each rank's own heads "
+        f"or width and has to treat them one by one ({error})"
+        for chosen, twin in replaced(trace.module)
+        if chosen in registered(model)
+    )
+    return replace(trace, notes=(*trace.notes, *notes))
+
+
+def _no_twin(model: nn.Module, switch: Switch, first: TraceError, last: TraceError) -> TraceError:
+    pairs = replaced(skeleton(model, switch))
+    names = " and ".join(f"{chosen!r} (nor {twin!r} in its place)" for chosen, twin in pairs)
+    return TraceError(
+        f"cannot trace the model with {names or 'its kernels'}: {last}"
+        f" Before that: {first}"
+         " Make the kernel an op (torch.library.custom_op with register_fake) and give it a rule "
+        "(autotp.register_rule), or load the model with attn_implementation='sdpa' or 'eager'.",
+        last.module,
+    )
 
 
 def _each(

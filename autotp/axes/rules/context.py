@@ -86,6 +86,7 @@ class OpContext:
         self.added_operands: frozenset[int] = frozenset()
         self.is_random = False
         self.mutated: int | None = None
+        self.units: list[tuple[Dim, int]] = []
 
     def _bind_schema(self) -> None:
         node = self.node
@@ -298,6 +299,11 @@ class OpContext:
     def random(self) -> None:
         """The op draws random numbers."""
         self.is_random = True
+
+    def in_units(self, dim: Dim, unit: int) -> None:
+        """A kernel takes no other local sizes of this dim than multiples of `unit` (if the whole is one)."""
+        if unit > 1 and self.solver.size(dim) % unit == 0:
+            self.units.append((dim, unit))
 
     def mutates(self, i: int) -> None:
         """The op writes into operand `i`, whose dims can therefore not be converted."""
