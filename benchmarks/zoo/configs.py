@@ -1,4 +1,4 @@
-"""Tiny models of every architecture: one table of sizes by the names that configs use, and special cases as data."""
+"""Tiny models of every architecture: configs shrunk by what their sizes are called, so that their relations hold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
 from autotp.trace.inputs import example_inputs
+
+from .sizes import DEPTHS, FOLLOWS, LARGEST_STAGE, RESNET, SMALL, SPECIAL, STAGED, TABLES, TAPS
 
 #: task → the mappings of the auto classes that are swept
 TASKS: dict[str, tuple[str, ...]] = {
@@ -34,75 +36,6 @@ TASKS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-HEADS, KV_HEADS = 4, 2
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(
-        "hidden_size n_embd d_model embed_dim encoder_hidden_dim attention_hidden_size embedding_size"
-        " word_embed_proj_dim emb_dim".split(), 64,
-    ),
-    **dict.fromkeys(
-        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff d_inner dff n_inner inner_dim".split(), 96
-    ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"
-        " num_encoder_attention_heads num_decoder_attention_heads".split(), HEADS,
-    ),
-    "num_key_value_heads": KV_HEADS,
-    **dict.fromkeys(
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers depth"
-        " num_decoder_layers".split(), 2,
-    ),
-    "vocab_size": 101, "head_dim": 16, "d_kv": 16, "d_head": 16, "rotary_dim": 8, "max_position_embeddings": 64,
-    "n_positions": 64, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40, "q_lora_rank": 24, "kv_lora_rank": 24,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_size": 32, "patch_size": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "type_vocab_size": 2,
-}  # fmt: skip
-
-#: What is made small, tried in order until the model runs: everything; depth and vocabulary, where sizes have to fit
-#: each other in ways that no name tells; nothing.
-TABLES: tuple[frozenset[str], ...] = (
-    frozenset(SMALL),
-    frozenset(
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers depth"
-        " num_decoder_layers vocab_size pad_token_id bos_token_id eos_token_id".split()
-    ),
-    frozenset(("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")),
-    frozenset(),
-)
-
-#: Sizes that follow from another: where a config has the first name, the second is the third, or a number: multi-latent
-#: attention has as many kv heads as heads, and rotates a part of its head.
-FOLLOWS: tuple[tuple[str, str, str | int], ...] = (
-    ("qk_rope_head_dim", "head_dim", "qk_rope_head_dim"),
-    ("kv_lora_rank", "num_key_value_heads", HEADS),
-)
-
-#: What single architectures need besides: model type → config values (None: the size is left to the config).
-SPECIAL: dict[str, dict[str, Any]] = {
-    "dots1": {"n_routed_experts": 4, "num_key_value_heads": HEADS},
-    "hunyuan_v1_dense": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "hunyuan_v1_moe": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16, "num_key_value_heads": KV_HEADS},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
-    "zaya": {"num_experts_per_tok": 1},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48)},
-    "xlstm": {"v_head_dim": None},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2, "state_size": 8, "chunk_size": 8},
-    "mamba": {"state_size": 8, "time_step_rank": 6},
-    "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
-    "xlnet": {"max_position_embeddings": None},
-    "ctrl": {"dff": 96},
-}
-
 MOST_PARAMETERS = 40_000_000
 
 
@@ -119,26 +52,97 @@ def architectures(task: str) -> list[tuple[str, type]]:
 
 
 def shrunk(
-    config_class: type[PretrainedConfig], sizes: dict[str, Any], special: dict[str, Any] | None = None
+    default: PretrainedConfig, sizes: Mapping[str, Any], special: Mapping[str, Any] | None = None
 ) -> PretrainedConfig:
-    """A config with every size that it has by a known name made small, its parts as well; ``special`` at the top."""
-    default = config_class()
-    values: dict[str, Any] = {}
+    """A config like ``default`` with every size that it has by a known name made small, its parts as well.
+
+    ``special`` has values for this config and, by dotted names, for its parts.
+    """
+    special = {**SPECIAL.get(default.model_type, {}), **(special or {})}
+    values = _chosen(default)
     for name, value in sizes.items():
-        try:
-            own = getattr(default, name, None)
-        except AttributeError:  # differs by layer
-            own = value
+        own = _read(default, name, otherwise=value)
         if own is not None and isinstance(own, (int, float)) == isinstance(value, (int, float)):
             values[name] = value
     for name, follower, value in FOLLOWS:
         if name in values and follower in values:
             values[follower] = values[value] if isinstance(value, str) else value
-    for name, part in vars(default).items():
+    if "hidden_sizes" in sizes or "dims" in sizes:
+        values |= _narrow_stages(default)
+    _tapped(default, values)
+    for name, part in list(vars(default).items()):
         if isinstance(part, PretrainedConfig):
-            values[name] = shrunk(type(part), sizes).to_dict()
-    values |= special or {}
-    return _accepted(config_class, {name: value for name, value in values.items() if value is not None})
+            its = {k.partition(".")[2]: v for k, v in special.items() if k.partition(".")[0] == name and "." in k}
+            values[name] = _part(part, sizes, its)
+    values |= {name: value for name, value in special.items() if "." not in name}
+    return _accepted(type(default), {name: value for name, value in values.items() if value is not None})
+
+
+def _part(part: PretrainedConfig, sizes: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    if part.model_type == "timm_backbone":
+        last = len(RESNET["depths"])
+        taken = len(_read(part, "out_indices") or [last])
+        return {**RESNET, "out_indices": list(range(last - min(taken, last) + 1, last + 1))}
+    return shrunk(part, sizes, special).to_dict()
+
+
+def _read(config: PretrainedConfig, name: str, otherwise: Any = None) -> Any:
+    """``otherwise`` where the value differs by layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return otherwise
+
+
+def _chosen(config: PretrainedConfig) -> dict[str, Any]:
+    """What the config that this one is a part of has set otherwise than its class does."""
+    usual = vars(type(config)())
+    values = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and usual.get(name) != value
+    }
+    for name in ("out_indices", "out_features"):
+        if _read(config, name) and hasattr(config, "stage_names"):
+            values[name] = list(_read(config, name))
+            break
+    return values
+
+
+def _narrow_stages(config: PretrainedConfig) -> dict[str, Any]:
+    """All widths of stages divided by the one power of two that makes them small."""
+    lists = {name: _read(config, name) for name in STAGED}
+    widths = {
+        name: list(value)
+        for name, value in lists.items()
+        if isinstance(value, (list, tuple)) and value and all(isinstance(width, int) for width in value)
+    }
+    divisor = 1
+    while (
+        max((max(value) for value in widths.values()), default=0) // divisor > LARGEST_STAGE
+        and all(width % (divisor * 2) == 0 for value in widths.values() for width in value)
+    ):
+        divisor *= 2
+    return {name: [width // divisor for width in value] for name, value in widths.items()}
+
+
+def _tapped(config: PretrainedConfig, values: dict[str, Any]) -> None:
+    """As many layers as outputs of layers are used, and the outputs of those."""
+    depth = next((name for name in DEPTHS if name in values and isinstance(_read(config, name), int)), None)
+    for name in TAPS:
+        taps = values.get(name) or _read(config, name)
+        if depth is None or not isinstance(taps, (list, tuple)) or not taps:
+            continue
+        values[depth] = max(values[depth], len(taps))
+        first = 1 if name == "out_indices" and hasattr(config, "stage_names") else 0
+        last = values[depth] + first
+        values[name] = list(range(last - len(taps), last))
+        values.pop("out_features", None)
+    if depth is not None and "out_features" in values:
+        layers = [feature for feature in values["out_features"] if feature.startswith("stage")]
+        values[depth] = max(values[depth], len(layers))
+        first = values[depth] - len(layers) + 1
+        values["out_features"] = [f"stage{i}" for i in range(first, values[depth] + 1)]
 
 
 def _accepted(config_class: type[PretrainedConfig], values: dict[str, Any]) -> PretrainedConfig:
@@ -153,21 +157,44 @@ def _accepted(config_class: type[PretrainedConfig], values: dict[str, Any]) -> P
     raise first
 
 
-def build(model_type: str, cls: Any, options: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A model in float64 and eval mode that runs, every parameter a function of the seed, and inputs for it.
+def _fit_sections(config: PretrainedConfig) -> None:
+    """The parts that a rotary embedding of several positions divides a head into, as large as the head now is."""
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            _fit_sections(part)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = _read(config, name)
+        heads = _read(config, "num_attention_heads")
+        if not isinstance(rope, dict) or not isinstance(rope.get("mrope_section"), list) or not heads:
+            continue
+        head = _read(config, "head_dim") or config.hidden_size // heads
+        rotary = int(head * (rope.get("partial_rotary_factor") or 1)) // 2
+        sections = rope["mrope_section"]
+        cuts = [round(sum(sections[: i + 1]) * rotary / sum(sections)) for i in range(len(sections))]
+        rope["mrope_section"] = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
 
-    Raises the first table's error where no table of sizes gives one that runs.
+
+def build(model_type: str, cls: Any, options: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model in eval mode that runs, every parameter a function of the seed, and inputs for it.
+
+    In float64, or in float32 where its code takes nothing wider. Raises the first table's error where no table of sizes
+    gives one that runs.
     """
     first: Exception | None = None
     for table in TABLES:
-        sizes = {name: size for name, size in SMALL.items() if name in table}
+        sizes = {name: SMALL.get(name) for name in table}
         try:
-            model = _build(model_type.split(":")[0], cls, {**sizes, **options})
-            inputs = drawn(example_inputs(model)[1])
-            torch.manual_seed(3)
-            with torch.no_grad():
-                model(**inputs)
-            return model, inputs
+            config = _config(model_type, cls, {**sizes, **options})
+            for dtype in (torch.float64, torch.float32):
+                model = _filled(cls, config, dtype)
+                inputs = drawn(example_inputs(model)[1])
+                torch.manual_seed(3)
+                try:
+                    with torch.no_grad():
+                        model(**inputs)
+                    return model, inputs
+                except RuntimeError as error:
+                    first = first or error
         except ImportError:
             raise
         except Exception as error:
@@ -188,16 +215,21 @@ def drawn(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: fresh(value) for key, value in inputs.items()}
 
 
-def _build(model_type: str, cls: Any, sizes: dict[str, Any]) -> torch.nn.Module:
-    config = shrunk(cls.config_class, sizes, SPECIAL.get(model_type))
+def _config(model_type: str, cls: Any, sizes: Mapping[str, Any]) -> PretrainedConfig:
+    config = shrunk(cls.config_class(), sizes, SPECIAL.get(f"{model_type.partition(chr(58))[0]}:{cls.__name__}"))
+    _fit_sections(config)
     if hasattr(config, "is_decoder") and "CausalLM" in cls.__name__:
         config.is_decoder = True
     with torch.device("meta"):
         count = sum(p.numel() for p in cls(config).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"{count / 1e6:.0f} million parameters are too many for this sweep")
+    return config
+
+
+def _filled(cls: Any, config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = cls(config).double().eval()
+    model: torch.nn.Module = cls(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
