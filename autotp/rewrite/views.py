@@ -8,7 +8,7 @@ edits serves both; gradients matter in train mode, where their sums have to fall
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -74,7 +74,10 @@ def another_view(
         if [a.size for a in mine] == [a.size for a in theirs]:
             twin.update((a, b) for a, b in zip(mine, theirs, strict=True) if twin.get(a, b) is b)
     found = []
+    ran = _held_by(main.analysis, {fqn for fqn, node in analysis.trace.params.items() if node.users})
     for candidate in main.choice.candidates:
+        if ran.isdisjoint(candidate.atoms):  # of weights that only the forward uses: an image's, without an image
+            continue
         atoms = tuple(twin.get(a) for a in candidate.atoms)
         if any(a is None or a in analysis.frozen for a in atoms):
             raise RewriteError(
@@ -93,6 +96,16 @@ def another_view(
     choice = replace(main.choice, candidates=tuple(found), communication=communication)
     view = View(analysis, choice, anchors, compile_program(analysis, choice, anchors), retrace, gradients)
     return view, {b: a for a, b in twin.items()}
+
+
+def _held_by(analysis: Analysis, fqns: Collection[str]) -> set[Atom]:
+    """The axes of these parameters."""
+    return {
+        atom
+        for fqn, node in analysis.trace.params.items()
+        if fqn in fqns and fqn not in analysis.trace.is_buffer
+        for atom in atoms_of(analysis.dims[node][0])
+    }
 
 
 def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> frozenset[str]:

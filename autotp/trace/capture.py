@@ -23,7 +23,7 @@ from autotp.trace.constants import LARGEST, Constants
 from autotp.trace.diagnose import trace_error
 from autotp.trace.graph import Call, ModuleCall, Path, Port, Trace
 from autotp.trace.leaves import map_tensors, tensor_leaves
-from autotp.trace.library import unmasked
+from autotp.trace.library import unchecked, unmasked
 from autotp.trace.makefx import current_tracer, fake_mode, make_graph, node_of
 from autotp.trace.provenance import Attr, ProvInt, Session, make, rewired
 from autotp.trace.recorder import RanModule, Recorder
@@ -57,7 +57,7 @@ def trace(
     kwargs = dict(kwargs or {})
     work = _Work(module, tuple(args), kwargs, scenario, run)
     branch = unmasked() if scenario == "unmasked" else nullcontext()
-    with _mode(module, scenario == "train" if training is None else training), branch:
+    with _mode(module, scenario == "train" if training is None else training), branch, unchecked():
         session = Session(watch)
         try:
             return work.attempt(session)

@@ -6,7 +6,7 @@ Only shapes and dtypes matter to a trace. Batch and sequence sizes are small dis
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from autotp.errors import TraceError
 from autotp.trace.library import is_transformers
 
 BATCH, SEQ, DECODER_SEQ = 2, 7, 5
+FRAMES, FRAMES_OF_VIDEO = 29, 2
+PATCHES = (3, 5)  # rows and columns of an image that comes in patches
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -49,19 +51,42 @@ def token_ids(length: int, vocabulary: int) -> torch.Tensor:
 
 
 def _library_inputs(model: Any) -> dict[str, Any]:
-    config: Any = model.config
     takes = inspect.signature(model.forward).parameters
-    names = [model.main_input_name]
-    two_towers = _get(config, "vision_config") is not None and not model.can_generate()
-    names += [
-        name for name in ("input_ids", "pixel_values") if two_towers and name in takes and name not in names
-    ]
-    inputs: dict[str, Any] = {name: _library_input(model, name) for name in names}
-    if _get(config, "is_encoder_decoder") and "decoder_input_ids" in takes:
-        inputs["decoder_input_ids"] = token_ids(DECODER_SEQ, vocabulary(model))
+    inputs: dict[str, Any] = {}
+    for name in _wanted(model, takes):
+        inputs |= _library_input(model, name)
+    if _get(model.config, "is_encoder_decoder") and "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = _decoder_ids(model)
     if takes_cache_switch(model):
         inputs["use_cache"] = False
     return inputs
+
+
+def _wanted(model: Any, takes: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The arguments without which the model does not run: its main input, those that have no default, the text beside
+    an image or the image beside a text, and where on a page the words of the text are."""
+    config = model.config
+    names = [model.main_input_name]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names += [name for name, p in takes.items() if p.default is p.empty and p.kind in named]
+    if "inputs" in names:  # of several kinds
+        names = [next((kind for kind in ("input_ids", "pixel_values") if kind in takes), "inputs")]
+    if _get(config, "vision_config") is not None:
+        names += ["input_ids"] if model.main_input_name.startswith("pixel_values") else []
+        two_towers = not model.can_generate() and image_token(config) is None
+        names += ["input_ids", "pixel_values"] if two_towers else []
+    names.append("bbox")
+    if any(name.startswith("pixel_values") for name in names) and not names[0].startswith("pixel_values"):
+        names = [name for name in names if name != "pixel_values" or "pixel_values_videos" not in names]
+    return list(dict.fromkeys(name for name in names if name in takes or name == names[0]))
+
+
+def image_token(config: Any) -> int | None:
+    """The token in whose place the features of an image are put."""
+    return next((token for name in (*_IMAGE, *_VIDEO) if isinstance(token := _get(config, name), int)), None)
+
+
+_IMAGE, _VIDEO = ("image_token_id", "image_token_index"), ("video_token_id", "video_token_index")
 
 
 def takes_cache_switch(model: nn.Module) -> bool:
@@ -82,42 +107,137 @@ def vocabulary(model: Any) -> int:
     return int(_get(text, "vocab_size") or 32)
 
 
-def _library_input(model: Any, name: str) -> torch.Tensor:
+def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """The argument, and those that go with it."""
     config = model.config
+    takes = inspect.signature(model.forward).parameters
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if name == "input_ids":
-        return token_ids(SEQ, vocabulary(model))
-    if name == "pixel_values":
-        return torch.zeros(_image_shape(model, config), dtype=dtype)
+    if name.endswith("input_ids"):
+        size = vocabulary(model)
+        books = (
+            _get(config, "num_codebooks")
+            if name == "input_ids" and not _get(config, "is_encoder_decoder")
+            else 0
+        )
+        return {name: token_ids(SEQ, size).repeat(books or 1, 1)}
+    if name == "bbox":
+        whole = "Long" in str(takes[name].annotation)
+        return {name: torch.zeros(BATCH, SEQ, 4, dtype=torch.long if whole else dtype)}
+    if name.startswith("pixel_values"):
+        return _images(model, name, takes, dtype)
+    if name == "flattened_patches":
+        patches = _find(config, "patch_size") or 16
+        width = patches * patches * (_find(config, "num_channels") or 3)
+        return {
+            name: torch.zeros(BATCH, PATCHES[0] * PATCHES[1], 2 + width, dtype=dtype)
+        }  # row, column, pixels
     if name == "input_values":
         mels = _get(config, "num_mel_bins")
         if mels and _get(config, "max_length"):  # a spectrogram transformer
-            return torch.zeros(BATCH, config.max_length, mels, dtype=dtype)
-        return torch.zeros(BATCH, 16 * _stride(config), dtype=dtype)
+            return {name: torch.zeros(BATCH, config.max_length, mels, dtype=dtype)}
+        return {name: torch.zeros(BATCH, 16 * _stride(config), dtype=dtype)}
     if name == "input_features":
-        mels = _get(config, "num_mel_bins") or _get(config, "feature_projection_input_dim")
-        if _get(config, "max_source_positions") and not _get(config, "input_feat_per_channel"):  # Whisper
-            return torch.zeros(BATCH, mels or 80, 2 * config.max_source_positions, dtype=dtype)
-        return torch.zeros(BATCH, 29, _get(config, "input_feat_per_channel") or mels or 80, dtype=dtype)
+        return {name: torch.zeros(_spectrogram(model), dtype=dtype)}
+    encoder = _encoder(model)
+    if name == "inputs" and encoder is not None:  # a pair of models: what the first takes
+        (its,) = _library_input(encoder, encoder.main_input_name).values()
+        return {name: its}
     raise TraceError(
-        f"cannot find example inputs for {type(model).__name__}: its main input {name!r} is not known to "
+        f"cannot find example inputs for {type(model).__name__}: its input {name!r} is not known to "
         f"autotp. Pass example_inputs={{{name!r}: ...}}"
     )
 
 
+def _spectrogram(model: Any) -> tuple[int, ...]:
+    config = model.config
+    first = _first_leaf(model)
+    wide = first.in_features if isinstance(first, nn.Linear) else _get(config, "feature_projection_input_dim")
+    if wide:  # frames, several of them stacked
+        return BATCH, FRAMES, int(wide)
+    mels = _find(config, "input_feat_per_channel", "num_mel_bins") or 80
+    positions = _get(config, "max_source_positions")
+    if positions and not _get(config, "input_feat_per_channel"):  # of a fixed length, as Whisper's
+        return BATCH, mels, 2 * positions
+    return BATCH, FRAMES, mels
+
+
+def _encoder(model: Any) -> Any:
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return encoder if encoder is not model and hasattr(encoder, "main_input_name") else None
+
+
+def _decoder_ids(model: Any) -> torch.Tensor:
+    ids = token_ids(DECODER_SEQ, vocabulary(model))
+    books = _get(
+        _get(model.config, "decoder_config"), "num_channels"
+    )  # of a decoder of several streams of tokens
+    return ids if not books else ids.unsqueeze(-1).repeat(1, 1, books)
+
+
+#: Where a config has the sizes of what a model sees or hears.
+_PARTS = (
+    "vision_config", "audio_config", "encoder_config", "speech_encoder", "encoder", "backbone_config",
+)  # fmt: skip
+
+
+def _find(config: Any, *names: str) -> Any:
+    """The first value that the config or one of its parts has by one of these names."""
+    for place in (config, *(_get(config, part) for part in _PARTS)):
+        for name in names:
+            value = _get(place, name)
+            if value:
+                return value
+    return None
+
+
+def image_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The shapes that images may come in: as the signature and the config say, then with several to a text."""
+    takes = inspect.signature(model.forward).parameters
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    images = _images(model, "pixel_values", takes, dtype)
+    yield images
+    pixels = images["pixel_values"]
+    if pixels.dim() == 4:
+        yield {**images, "pixel_values": pixels.unsqueeze(1)}
+
+
+def _images(
+    model: nn.Module, name: str, takes: Mapping[str, inspect.Parameter], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    config = model.config
+    if "spatial_shapes" in takes:  # a list of patches, of images of all shapes
+        patch = _find(config, "patch_size")
+        width = patch * patch * (_find(config, "num_channels") or 3)
+        count = PATCHES[0] * PATCHES[1]
+        return {
+            name: torch.zeros(BATCH, count, width, dtype=dtype),
+            "pixel_attention_mask": torch.ones(BATCH, count, dtype=torch.long),
+            "spatial_shapes": torch.tensor(PATCHES).expand(BATCH, 2).contiguous(),
+        }
+    shape = _image_shape(model, config)
+    only_videos = any(_get(config, token) for token in _VIDEO) and not any(
+        _get(config, token) for token in _IMAGE
+    )
+    if (name == "pixel_values_videos" or only_videos) and len(shape) == 4:
+        shape = (BATCH, FRAMES_OF_VIDEO, *shape[1:])
+    elif {"pixel_attention_mask", "image_attention_mask"} & takes.keys() and len(shape) == 4:
+        shape = (BATCH, 1, *shape[1:])  # several images to a text
+    images = {name: torch.zeros(shape, dtype=dtype)}
+    if "image_attention_mask" in takes:  # which of them each token sees
+        images["image_attention_mask"] = torch.ones(BATCH, SEQ, 1, dtype=torch.long)
+    return images
+
+
 def _image_shape(model: nn.Module, config: Any) -> tuple[int, ...]:
-    places = [_get(config, name) for name in ("vision_config", "encoder", "backbone_config")]
-    for place in (config, *places):
-        size = _get(place, "image_size")
-        if size:
-            height, width = size if isinstance(size, (tuple, list)) else (size, size)
-            channels = _get(place, "num_channels") or _get(place, "in_channels") or 3
-            frames = _get(place, "num_frames")
-            return (BATCH, frames, channels, height, width) if frames else (BATCH, channels, height, width)
-    channels = _get(config, "num_channels") or next(
+    size = _find(config, "image_size")
+    channels = _find(config, "num_channels", "in_channels") or next(
         (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3
     )
-    return (BATCH, channels, 224, 224)  # convolutional: takes any size
+    height, width = (
+        size if isinstance(size, (tuple, list)) else (size or 224, size or 224)
+    )  # convolutional: any
+    frames = _find(config, "num_frames")
+    return (BATCH, frames, channels, height, width) if frames else (BATCH, channels, height, width)
 
 
 def _stride(config: Any) -> int:

@@ -3,6 +3,7 @@ here; a model is known to be one of its by what it has."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,21 @@ def unmasked() -> Iterator[None]:
         yield
     finally:
         setattr(masking, name, find)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the library's checks of values (as many image tokens as features), which read what a trace cannot."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def make_traceable(skeleton: nn.Module) -> None:

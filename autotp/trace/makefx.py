@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +43,17 @@ def make_graph(f: Callable[..., Any], *args: Sequence[torch.Tensor]) -> fx.Graph
             "this version of autotp does not know how to trace with it"
         )
     wanted: dict[str, Any] = {name: value for name, value in _WANTED.items() if name in has}
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback of what we report ourselves
+    with quiet(), _use_lazy_graph_module(True):  # the graph is read, its Python code is not
+        return proxy_tensor.make_fx(f, **wanted)(*args)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the traceback that torch prints of an error under fake tensors: we report it ourselves."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
-        with _use_lazy_graph_module(True):  # the graph is read, its Python code is not
-            return proxy_tensor.make_fx(f, **wanted)(*args)
+        yield
     finally:
         log.disabled = before
 

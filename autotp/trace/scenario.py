@@ -21,6 +21,7 @@ from autotp.trace.attributes import fields, is_config
 from autotp.trace.capture import Run, call_forward, trace
 from autotp.trace.fold import Folds, fold
 from autotp.trace.graph import Trace
+from autotp.trace.images import with_images
 from autotp.trace.inputs import BATCH, DECODER_SEQ, SEQ, as_arguments, example_inputs, token_ids, vocabulary
 from autotp.trace.library import is_transformers
 from autotp.trace.skeleton import skeleton
@@ -41,8 +42,12 @@ def scenarios(
     model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None
 ) -> tuple[Scenario, ...]:
     """The scenarios of `model`; the first is "forward", called with what the user gave or with
-    `example_inputs`."""
-    args, kwargs = example_inputs(model) if given is None else as_arguments(given)
+    `example_inputs`, and images where it sees."""
+    if given is None:
+        args, kwargs = example_inputs(model)
+        kwargs = with_images(model, kwargs) or kwargs
+    else:
+        args, kwargs = as_arguments(given)
     found = [Scenario("forward", args, kwargs)]
     if trains_differently(model):
         found.append(Scenario("train", args, kwargs, training=True))

@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
+from autotp.trace.images import with_images
 from autotp.trace.inputs import example_inputs
 
 from .sizes import DEPTHS, FOLLOWS, LARGEST_STAGE, RESNET, SMALL, SPECIAL, STAGED, TABLES, TAPS
@@ -62,6 +63,8 @@ def shrunk(
     values = _chosen(default)
     for name, value in sizes.items():
         own = _read(default, name, otherwise=value)
+        if _derived(default, name):
+            continue
         if own is not None and isinstance(own, (int, float)) == isinstance(value, (int, float)):
             values[name] = value
     for name, follower, value in FOLLOWS:
@@ -72,7 +75,9 @@ def shrunk(
     _tapped(default, values)
     for name, part in list(vars(default).items()):
         if isinstance(part, PretrainedConfig):
-            its = {k.partition(".")[2]: v for k, v in special.items() if k.partition(".")[0] == name and "." in k}
+            its = {
+                k.partition(".")[2]: v for k, v in special.items() if k.partition(".")[0] == name and "." in k
+            }
             values[name] = _part(part, sizes, its)
     values |= {name: value for name, value in special.items() if "." not in name}
     return _accepted(type(default), {name: value for name, value in values.items() if value is not None})
@@ -84,6 +89,11 @@ def _part(part: PretrainedConfig, sizes: Mapping[str, Any], special: Mapping[str
         taken = len(_read(part, "out_indices") or [last])
         return {**RESNET, "out_indices": list(range(last - min(taken, last) + 1, last + 1))}
     return shrunk(part, sizes, special).to_dict()
+
+
+def _derived(config: PretrainedConfig, name: str) -> bool:
+    found = getattr(type(config), name, None)
+    return isinstance(found, property) and found.fset is None
 
 
 def _read(config: PretrainedConfig, name: str, otherwise: Any = None) -> Any:
@@ -100,7 +110,9 @@ def _chosen(config: PretrainedConfig) -> dict[str, Any]:
     values = {
         name: value
         for name, value in vars(config).items()
-        if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and usual.get(name) != value
+        if isinstance(value, (bool, int, float, str))
+        and not name.startswith("_")
+        and usual.get(name) != value
     }
     for name in ("out_indices", "out_features"):
         if _read(config, name) and hasattr(config, "stage_names"):
@@ -118,9 +130,8 @@ def _narrow_stages(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(value, (list, tuple)) and value and all(isinstance(width, int) for width in value)
     }
     divisor = 1
-    while (
-        max((max(value) for value in widths.values()), default=0) // divisor > LARGEST_STAGE
-        and all(width % (divisor * 2) == 0 for value in widths.values() for width in value)
+    while max((max(value) for value in widths.values()), default=0) // divisor > LARGEST_STAGE and all(
+        width % (divisor * 2) == 0 for value in widths.values() for width in value
     ):
         divisor *= 2
     return {name: [width // divisor for width in value] for name, value in widths.items()}
@@ -165,7 +176,11 @@ def _fit_sections(config: PretrainedConfig) -> None:
     for name in ("rope_parameters", "rope_scaling"):
         rope = _read(config, name)
         heads = _read(config, "num_attention_heads")
-        if not isinstance(rope, dict) or not isinstance(rope.get("mrope_section"), list) or not heads:
+        if not isinstance(rope, dict) or not heads:
+            continue
+        if "mrope_section" in (_read(config, "ignore_keys_at_rope_validation") or ()) and "rope_type" in rope:
+            rope.setdefault("mrope_section", [16, 24, 24])
+        if not isinstance(rope.get("mrope_section"), list):
             continue
         head = _read(config, "head_dim") or config.hidden_size // heads
         rotary = int(head * (rope.get("partial_rotary_factor") or 1)) // 2
@@ -187,14 +202,18 @@ def build(model_type: str, cls: Any, options: Mapping[str, Any]) -> tuple[torch.
             config = _config(model_type, cls, {**sizes, **options})
             for dtype in (torch.float64, torch.float32):
                 model = _filled(cls, config, dtype)
-                inputs = drawn(example_inputs(model)[1])
-                torch.manual_seed(3)
-                try:
-                    with torch.no_grad():
-                        model(**inputs)
-                    return model, inputs
-                except RuntimeError as error:
-                    first = first or error
+                plain = example_inputs(model)[1]
+                for inputs in (with_images(model, plain), plain):
+                    if inputs is None:
+                        continue
+                    inputs = drawn(inputs)
+                    torch.manual_seed(3)
+                    try:
+                        with torch.no_grad():
+                            model(**inputs)
+                        return model, inputs
+                    except Exception as error:
+                        first = first or error
         except ImportError:
             raise
         except Exception as error:
@@ -209,14 +228,27 @@ def drawn(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     def fresh(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            return torch.rand(value.shape, generator=generator, dtype=value.dtype)
         return value
 
     return {key: fresh(value) for key, value in inputs.items()}
 
 
+def _default(config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    try:
+        return config_class()
+    except Exception:  # its own defaults do not fit each other
+        values: dict[str, Any] = {}
+        for name, value in SPECIAL.get(config_class.model_type, {}).items():
+            part, _, own = name.rpartition(".")
+            (values.setdefault(part, {}) if part else values)[own] = value
+        return config_class(**values)
+
+
 def _config(model_type: str, cls: Any, sizes: Mapping[str, Any]) -> PretrainedConfig:
-    config = shrunk(cls.config_class(), sizes, SPECIAL.get(f"{model_type.partition(chr(58))[0]}:{cls.__name__}"))
+    config = shrunk(
+        _default(cls.config_class), sizes, SPECIAL.get(f"{model_type.partition(chr(58))[0]}:{cls.__name__}")
+    )
     _fit_sections(config)
     if hasattr(config, "is_decoder") and "CausalLM" in cls.__name__:
         config.is_decoder = True
