@@ -124,10 +124,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 64, "hidden_dim": 1280},
     "align_vision_model": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 64},
     "perceiver": {"num_self_attends_per_block": 2, "num_frames": 0},
-    **dict.fromkeys(
-        ("perceiver:PerceiverForImageClassificationConvProcessing", "perceiver:PerceiverForImageClassificationFourier"),
-        {"num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 224},
-    ),
+    "perceiver:PerceiverForImageClassificationConvProcessing": {
+        "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 224,
+    },
+    "perceiver:PerceiverForImageClassificationFourier": {
+        "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 224,
+    },
     "sapiens2": {
         "head_config.upsample_out_channels": [40, 24], "head_config.conv_out_channels": [20],
     },
@@ -150,7 +152,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 4,
     },
     "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0, "num_hidden_layers": 4},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1], "downsample_rate": "1/2"},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1], "downsample_rate": "1/2",
+    },
     "hunyuan_vl_text": {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]},
