@@ -61,9 +61,10 @@ def shrunk(
     """
     special = {**SPECIAL.get(default.model_type, {}), **(special or {})}
     values = _chosen(default)
+    staged = isinstance(_read(default, "depths"), (list, tuple))
     for name, value in sizes.items():
         own = _read(default, name, otherwise=value)
-        if _derived(default, name):
+        if _derived(default, name) or (staged and name in DEPTHS):
             continue
         if own is not None and isinstance(own, (int, float)) == isinstance(value, (int, float)):
             values[name] = value
@@ -72,6 +73,11 @@ def shrunk(
             values[follower] = values[value] if isinstance(value, str) else value
     if "hidden_sizes" in sizes or "dims" in sizes:
         values |= _narrow_stages(default)
+        heads = _read(default, "num_heads")
+        if staged and isinstance(heads, (list, tuple)) and "embed_dim" in values:
+            values["embed_dim"] = 16 * heads[0]  # doubled from stage to stage
+            values["depths"] = [min(2, depth) for depth in default.depths]
+            values.pop("hidden_size", None)
     _tapped(default, values)
     for name, part in list(vars(default).items()):
         if isinstance(part, PretrainedConfig):

@@ -38,7 +38,8 @@ SMALL: dict[str, Any] = {
         "out_hidden_size text_hidden_size projection_dim adapter_out_dim adapter_in_dim adapter_input_size"
         " audio_hidden_size projector_hidden_size bottleneck_features entity_emb_size".split(), 64,
     ),
-    "entity_vocab_size": 31, "mm_tokens_per_image": 4, "codebook_size": 32, "num_embeddings": 41, "base_channels": 32,
+    "reassemble_hidden_size": 64, "entity_vocab_size": 31,
+    "mm_tokens_per_image": 4, "codebook_size": 32, "num_embeddings": 41, "base_channels": 32,
     "projection_hidden_dim": 72, "num_latents": 6, "d_latents": 64, "linear_head_dim": 8,
     "linear_num_heads": 4, "encoder_hash_byte_group_vocab": 51, "hidden_size_global": 64,
 }  # fmt: skip
@@ -124,11 +125,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 64, "hidden_dim": 1280},
     "align_vision_model": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 64},
     "perceiver": {"num_self_attends_per_block": 2, "num_frames": 0},
-    **{
-        f"perceiver:PerceiverForImageClassification{kind}": {
-            "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 224
-        }
-        for kind in ("ConvProcessing", "Fourier")
+    "perceiver:PerceiverForImageClassificationConvProcessing": {
+        "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 224,
+    },
+    "perceiver:PerceiverForImageClassificationFourier": {
+        "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 224,
     },
     "sapiens2": {
         "head_config.upsample_out_channels": [40, 24], "head_config.conv_out_channels": [20],
@@ -176,6 +177,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
     "nemo_speechlm": {"blank_token_id": 100},
     "mimi": {"upsample_groups": 64, "num_filters": 8},
+    "hgnet_v2": {
+        "stem_channels": [3, 4, 8], "stage_in_channels": [8, 16, 32, 64], "stage_mid_channels": [4, 8, 16, 32],
+        "stage_out_channels": [16, 32, 64, 128], "hidden_sizes": [16, 32, 64, 128], "stage_num_blocks": [1, 1, 1, 1],
+    },
+    **{
+        name: {"decoder_in_channels": [64, 64, 64]}
+        for name in ("rt_detr", "rt_detr_v2", "pp_doclayout_v3", "pp_doclayout_v4", "d_fine", "deimv2")
+    },
+    "pp_doclayout_v2": {
+        "decoder_in_channels": [64, 64, 64], "class_thresholds": [0.5] * 30, "class_order": list(range(30)),
+    },
+    "convnext": {"image_size": 64},
+    "convnextv2": {"image_size": 64},
+    **{name: {"image_size": 128, "patch_size": 4, "window_size": 4} for name in ("swin", "swinv2", "donut-swin")},
     "aria": {"projector_patch_to_query_dict": {16: 3}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]},

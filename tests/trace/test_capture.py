@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotp.trace.attributes import int_attributes
 from autotp.trace.capture import trace
@@ -50,3 +50,25 @@ def test_replay_equals_eager(case: ModelCase, variant: dict[str, object]) -> Non
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     plain = [type(v) for m in found.module.modules() for _, v in int_attributes(m)]
     assert ProvInt not in plain
+
+
+class Hooks(nn.Module):
+    """Registers a hook at its first call, and remembers that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            self.lin.register_forward_hook(lambda module, args, out: out * 2)
+            self.hooked = True
+        return self.lin(x)
+
+
+def test_hooks_that_a_forward_registers_are_gone_after_the_trace() -> None:
+    bare = skeleton(Hooks())
+    first, second = (trace(bare, (torch.zeros(2, 4),)) for _ in range(2))
+    assert [n.name for n in first.graph.nodes] == [n.name for n in second.graph.nodes]
+    assert not hasattr(bare, "hooked")
+    assert not bare.get_submodule("lin")._forward_hooks
