@@ -86,40 +86,44 @@ def trace_model(
     notes.
     """
     first: TraceError | None = None
-    *before, last = switches(model)
-    for switch in before:
+    best: tuple[tuple[Trace, ...], Folds, int] | None = None
+    for switch in switches(model):
         try:
-            traces, folds = _traced(model, wanted, switch, folded, complete=True)
-            return (_twins_noted(traces[0], model, first), *traces[1:]), folds
+            traces, folds, failed = _traced(model, wanted, switch, folded)
         except TraceError as error:
-            first = first or error
-    try:
-        traces, folds = _traced(model, wanted, last, folded)
-    except TraceError as error:
-        if first is None or str(first) == str(error):
-            raise
-        raise _no_twin(model, last, first, error) from error
-    return (_twins_noted(traces[0], model, first), *traces[1:]), folds
+            first, last, tried = first or error, error, switch
+            continue
+        if best is None or len(failed) < best[2]:
+            best = (_twins_noted(traces[0], model, first), *traces[1:]), folds, len(failed)
+        if not failed:
+            break
+        first = first or failed[0]
+    if best is not None:
+        return best[:2]
+    assert first is not None
+    if str(first) == str(last):
+        raise last
+    raise _no_twin(model, tried, first, last) from last
 
 
 def _traced(
-    model: nn.Module, wanted: Sequence[Scenario], switch: Switch, folded: bool, complete: bool = False
-) -> tuple[tuple[Trace, ...], Folds]:
-    """The traces with these twins. `complete`: an error where any scenario cannot be traced."""
+    model: nn.Module, wanted: Sequence[Scenario], switch: Switch, folded: bool
+) -> tuple[tuple[Trace, ...], Folds, list[TraceError]]:
+    """The traces with these twins, and why others are missing."""
     if folded:
         bare = skeleton(model, switch)
         folds = fold(bare)
         if folds:
             traces, failed = _each(bare, wanted, folds)
-            if wanted[0].name in traces and not folds.suspect and not (complete and failed):
+            if wanted[0].name in traces and not folds.suspect:
                 # what fails folded (a loop over range(num_layers), say) may be fine in the whole model
                 again = [scenario for scenario in wanted if scenario.name in failed]
                 if not _each(skeleton(model, switch), again, Folds())[0]:
-                    return _noted(traces, failed), folds
+                    return _noted(traces, failed), folds, list(failed.values())
     traces, failed = _each(skeleton(model, switch), wanted, Folds())
-    if wanted[0].name in failed or (complete and failed):
-        raise failed.get(wanted[0].name) or next(iter(failed.values()))
-    return _noted(traces, failed), Folds()
+    if wanted[0].name in failed:
+        raise failed[wanted[0].name]
+    return _noted(traces, failed), Folds(), list(failed.values())
 
 
 def _twins_noted(trace: Trace, model: nn.Module, error: TraceError | None) -> Trace:
