@@ -38,8 +38,8 @@ SMALL: dict[str, Any] = {
         "out_hidden_size text_hidden_size projection_dim adapter_out_dim adapter_in_dim adapter_input_size"
         " audio_hidden_size projector_hidden_size bottleneck_features entity_emb_size".split(), 64,
     ),
-    "reassemble_hidden_size": 64, "entity_vocab_size": 31,
-    "mm_tokens_per_image": 4, "codebook_size": 32, "num_embeddings": 41, "base_channels": 32,
+    "reassemble_hidden_size": 64,
+    "entity_vocab_size": 31, "mm_tokens_per_image": 4, "codebook_size": 32, "num_embeddings": 41, "base_channels": 32,
     "projection_hidden_dim": 72, "num_latents": 6, "d_latents": 64, "linear_head_dim": 8,
     "linear_num_heads": 4, "encoder_hash_byte_group_vocab": 51, "hidden_size_global": 64,
 }  # fmt: skip
@@ -183,8 +183,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     **{
         name: {"decoder_in_channels": [64, 64, 64]}
-        for name in ("rt_detr", "rt_detr_v2", "pp_doclayout_v3", "pp_doclayout_v4", "d_fine", "deimv2")
+        for name in ("rt_detr", "rt_detr_v2", "pp_doclayout_v4", "d_fine", "deimv2")
     },
+    "pp_doclayout_v3": {"decoder_in_channels": [64, 64, 64], "x4_feat_dim": 16},
     "pp_doclayout_v2": {
         "decoder_in_channels": [64, 64, 64], "class_thresholds": [0.5] * 30, "class_order": list(range(30)),
     },

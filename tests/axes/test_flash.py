@@ -275,7 +275,8 @@ def by_sequence(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Te
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
-    ("score", "passes"), [(None, "bh"), (by_place, "bh"), (by_head, "b"), (by_sequence, "h")], ids=str
+    ("score", "passes"), [(None, "bh"), (by_place, "bh"), (by_head, "b"), (by_sequence, "h")],
+    ids=["none", "by place", "by head", "by sequence"],
 )
 def test_flex_attention(score: object, passes: str) -> None:
     """What asks for its head, or its sequence, needs all of them; and is what a slice of them tells from the whole."""

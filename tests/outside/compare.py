@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import autotp
 from autotp.rewrite.state import sharding_of
 from autotp.runtime.record import record_collectives
-from tests.e2e.compare import ATOL, Problems, _compare_parameters, _compare_state, compare_passes
+from tests.e2e.compare import ATOL, Problems, compare_parameters, compare_passes, compare_state
 from tests.models.case import ModelCase
 
 
@@ -68,7 +68,7 @@ def _compare(case: ModelCase, variant: dict[str, object]) -> Outcome:
     sharding = sharding_of(model)
     assert sharding is not None
     problems = Measured()
-    _compare_parameters(problems, model, reference, sharding)
+    compare_parameters(problems, model, reference, sharding)
     with record_collectives() as log:
         compare_passes(problems, "inputs as traced", model, reference, traced, sharding)
     compare_passes(problems, "other inputs", model, reference, other, sharding)
@@ -77,7 +77,7 @@ def _compare(case: ModelCase, variant: dict[str, object]) -> Outcome:
         compare_passes(problems, "train mode", model, reference, traced, sharding)
         _compare_statistics(problems, model, reference)
     else:
-        _compare_state(problems, model, reference)
+        compare_state(problems, model, reference)
     plan = sharding.plan
     return Outcome(
         case.id(variant),
