@@ -36,8 +36,8 @@ class Boundary:
     path: Path
 
 
-Barred = Boundary | tuple[str, tuple[Site, ...], bool]
-"""A module's boundary; or an expression's result or, if true, its operands: the module that runs it, and its frames."""
+Barred = Boundary | tuple[str, tuple[Site, ...]]
+"""A module's boundary, or an expression: the module that runs it, and its frames."""
 
 
 def leaf_kind(module: nn.Module) -> LeafKind | None:
@@ -166,9 +166,9 @@ class Anchors:
     def places(self) -> Places:
         """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
 
-        def has_site(node: fx.Node, operand: bool = False) -> bool:
+        def has_site(node: fx.Node) -> bool:
             call = self.site_of(node)
-            return call is not None and (call.module, call.frames, operand) not in self.barred
+            return call is not None and (call.module, call.frames) not in self.barred
 
         def after(node: fx.Node) -> int | None:
             if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:
@@ -180,20 +180,11 @@ class Anchors:
         users: dict[fx.Node, list[fx.Node]] = {n: list(n.users) for n in self.position}
 
         def takes_patches(user: fx.Node) -> bool:
-            return self.leaf_of(user) is not None or has_site(user, operand=True)
-
-        def is_barred(node: fx.Node, user: fx.Node) -> bool:
-            """Whether a use is a barred operand, and in no module that takes the value as an argument."""
-            call = self.site_of(user)
-            if call is None or self.leaf_of(user) is not None or (call.module, call.frames, True) not in self.barred:
-                return False
-            return not any(c.first <= self.position[user] < c.last for c, _ in self.inputs[node])
+            return self.leaf_of(user) is not None or has_site(user)
 
         def enter(node: fx.Node) -> int | None:
             if node.op == "placeholder":
                 return 0
-            if self.barred and any(is_barred(node, user) for user in users[node]):
-                return None
             boundary = self.boundary_after(node, users[node])
             if boundary is not None and boundary.fqn not in self.reused:
                 return 0
@@ -208,7 +199,7 @@ class Anchors:
             return 1 if has_site(node) or all(map(takes_patches, users[node])) else None
 
         def mask(edge: Edge) -> bool:
-            return self.leaf_of(edge.consumer) is None and has_site(edge.consumer, operand=True)
+            return self.leaf_of(edge.consumer) is None and has_site(edge.consumer)
 
         def contract(node: fx.Node) -> bool:
             return node.target is not torch.ops.aten.embedding.default or self.can_look_up(node)

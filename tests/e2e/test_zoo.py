@@ -19,7 +19,6 @@ SUBSET: dict[str, dict[str, str]] = {
         "olmo2": "norms over all heads together",
         "mamba": "state space: a scan in Python, a fused in-projection",
         "mamba2": "state space with heads, a depthwise convolution over a part of the projection",
-        "rwkv": "linear attention with a state",
         "jamba": "state space and attention layers, experts",
         "qwen3_next": "gated delta rule",
         "falcon_h1": "attention and state space side by side",
