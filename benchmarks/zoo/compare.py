@@ -83,7 +83,7 @@ def sharded_share(model: nn.Module, plan: autotp.Plan) -> tuple[float, float, di
         _LAYER.sub("*", f"{name}.{own}")
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd) and max(module.kernel_size) > 1
-        for own, _ in module.named_parameters(recurse=False)
+        for own, _ in module.named_parameters()  # of a weight norm, too
     }
     total = sharded = 0
     whole: dict[str, tuple[int, str]] = {}

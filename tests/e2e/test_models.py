@@ -158,6 +158,10 @@ OTHERS = [
 ]
 
 
+# The model drops the weights that it asks for, so the plan does without their mean; nn.MultiheadAttention, which cannot
+# know, sums it: [3, 5, 5], 600 bytes.
+UNUSED_MEAN = ("forward all_reduce: 2, planned 1", "bytes of forward all_reduce: 5400, planned 4800")
+
 # Qwen3's norm of its keys works in float32 (eps 1.2e-7) whatever the model's dtype, and ranks that share a kv head
 # sum its gradient in another order.
 FLOAT32_NORM = 1e-6
@@ -166,4 +170,5 @@ FLOAT32_NORM = 1e-6
 @pytest.mark.parametrize(("name", "variant", "tp"), OTHERS)
 def test_variants(dist: Pool, name: str, variant: dict[str, object], tp: int) -> None:
     rtol = FLOAT32_NORM if name == "qwen3" else RTOL
-    check(name, dist.run(tp, compare, name, variant, False, rtol))
+    known = UNUSED_MEAN if "need_weights" in variant else ()
+    check(name, dist.run(tp, compare, name, variant, False, rtol), known)
