@@ -91,8 +91,7 @@ def experts_of(placements: dict[str, str]) -> set[str]:
     return {p for name, p in placements.items() if ".experts." in name and not name.endswith("down_proj_bias")}
 
 
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+@pytest.mark.parametrize(("kind", "tp"), [("mixtral", 3), ("qwen3", 2)])
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_each_implementation(dist: Pool, kind: str, implementation: str, tp: int) -> None:
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
@@ -101,8 +100,10 @@ def test_each_implementation(dist: Pool, kind: str, implementation: str, tp: int
         assert "replicate" not in experts_of(placements)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "qwen2", "deepseek"])
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [("gpt_oss", "batched_mm"), ("gpt_oss", "grouped_mm"), ("qwen2", "grouped_mm"), ("deepseek", "batched_mm")],
+)
 def test_biases_and_shared_experts(dist: Pool, kind: str, implementation: str) -> None:
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
     for problems, placements in dist.run(2, compared, kind, implementation, dtype):
