@@ -598,10 +598,10 @@ def _storages(node: fx.Node) -> set[int]:
 
 
 def _is_float(node: fx.Node) -> bool:
+    """Whether it can have a gradient: real and complex numbers."""
     value = node.meta.get("val")
-    if isinstance(value, (tuple, list)):
-        return any(getattr(v, "is_floating_point", bool)() for v in value)
-    return bool(getattr(value, "is_floating_point", bool)())
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
 def all_reduce_cost(node: fx.Node) -> int:

@@ -243,7 +243,7 @@ def _has_gradient(node: fx.Node) -> bool:
     """Whether a gradient can come back from this op (integers and masks have none)."""
     value: Any = node.meta.get("val")
     values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
-    return any(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
+    return any(v.is_floating_point() or v.is_complex() for v in values if hasattr(v, "is_floating_point"))
 
 
 class _Compiler:

@@ -15,6 +15,7 @@ from tests.dist.pool import Pool
 #: task → what is particular about which architecture
 SUBSET: dict[str, dict[str, str]] = {
     "causal-lm": {
+        "deepseek_v2": "multi-latent attention whose rotation, in complex numbers, is shared by the heads",
         "olmo2": "norms over all heads together",
         "mamba": "state space: a scan in Python, a fused in-projection",
         "mamba2": "state space with heads, a depthwise convolution over a part of the projection",
