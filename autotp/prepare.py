@@ -172,9 +172,7 @@ def _rewrite(
         for a in analyses[1:]
     ]
     enters = any(isinstance(step, Enter) for wrap in main.program.wraps for step in wrap.steps)
-    if enters and is_transformers(
-        base
-    ):  # a patch that runs only where there is a mask would be missed without one
+    if enters and is_transformers(base):  # a patch that runs only where there is a mask would be missed without one
         first = analyses[0].trace.scenario
         scenarios = {**scenarios, "unmasked": replace(scenarios[first], name="unmasked")}
         found = analyse(retrace("unmasked")(base))

@@ -165,11 +165,11 @@ class Flow:
 
     def _differentiable(self) -> frozenset[fx.Node]:
         """Values with a gradient: what depends on a parameter or a float input through float values."""
-        roots = {p for p in self.params if _is_float(p)}
-        roots |= {port.node for port in self.analysis.trace.inputs if _is_float(port.node)}
+        roots = {p for p in self.params if has_gradient(p)}
+        roots |= {port.node for port in self.analysis.trace.inputs if has_gradient(port.node)}
         found = set(roots)
         for node, info in self.analysis.ops.items():
-            if _is_float(node) and any(operand.node in found for operand in info.operands):
+            if has_gradient(node) and any(operand.node in found for operand in info.operands):
                 found.add(node)
         return frozenset(found)
 
@@ -597,8 +597,8 @@ def _storages(node: fx.Node) -> set[int]:
     return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 
-def _is_float(node: fx.Node) -> bool:
-    """Whether it can have a gradient: real and complex numbers."""
+def has_gradient(node: fx.Node) -> bool:
+    """Whether a value can have a gradient: real and complex numbers."""
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)

@@ -6,7 +6,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx, nn
 
@@ -15,7 +15,7 @@ from ..axes.term import Atom, Dim
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Edge, is_disjoint
+from ..plan.reductions import Edge, has_gradient, is_disjoint
 from ..trace.graph import Call, Path, Site
 from .anchors import Anchors, Boundary, LeafKind
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
@@ -199,7 +199,7 @@ def planned_steps(
             one_of_several
             or node in returned
             or after.get(node)
-            or any(_has_gradient(edge.consumer) for edge in others)
+            or any(has_gradient(edge.consumer) for edge in others)
         ):
             for edge in edges:
                 before[edge].append(Enter(common(node)))
@@ -237,13 +237,6 @@ def _entered_outputs(
             else:
                 found[node].append(edge)
     return found
-
-
-def _has_gradient(node: fx.Node) -> bool:
-    """Whether a gradient can come back from this op (integers and masks have none)."""
-    value: Any = node.meta.get("val")
-    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
-    return any(v.is_floating_point() or v.is_complex() for v in values if hasattr(v, "is_floating_point"))
 
 
 class _Compiler:
@@ -347,7 +340,7 @@ class _Compiler:
             return
         elsewhere = self.anchors.site_of(node) is None or self._is_barred(node)
         if elsewhere and all(isinstance(step, Enter) for step in steps):
-            edges = [e for e in self.uses[node] if _has_gradient(e.consumer)]
+            edges = [e for e in self.uses[node] if has_gradient(e.consumer)]
             self._place_before(node, edges, steps)  # where it is used, the same
             return
         self._wrap(node, None, steps)
@@ -370,7 +363,7 @@ class _Compiler:
             if not edges:
                 return
         users = [edge.consumer for edge in edges]
-        others = [e.consumer for e in self.uses[node] if e not in edges and _has_gradient(e.consumer)]
+        others = [e.consumer for e in self.uses[node] if e not in edges and has_gradient(e.consumer)]
         if not all(isinstance(step, Enter) for step in steps):
             others = [e.consumer for e in self.uses[node] if e not in edges]
         boundaries = self.anchors.boundaries_before(node, users, others)

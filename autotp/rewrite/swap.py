@@ -155,7 +155,4 @@ def _swap_conv(
         keep=rank.rank == 0,
         gather=_edge_gather(gather, rank) if gather is not None else None,
     )
-    if transposed:
-        ShardedTransposedConv.swap(module, options)
-    else:
-        ShardedConv.swap(module, options)
+    (ShardedTransposedConv if transposed else ShardedConv).swap(module, options)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,16 +44,19 @@ class ShardedConv(Sharded):
     bias: Tensor | None
     _conv_forward: Any
 
-    @staticmethod
-    def swap(module: nn.Module, options: ConvOptions) -> None:
+    #: What it stands in for, by the number of spatial dims.
+    _kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @classmethod
+    def swap(cls, module: nn.Module, options: ConvOptions) -> None:
         """Make ``module``, whose parameters are local already, a sharded one. Changes it in place."""
-        kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-        kind = kinds.get(len(getattr(module, "kernel_size", ())))
-        if kind is None or not isinstance(module, kind):
-            raise RewriteError(f"{type(module).__qualname__} is not an nn.Conv1d, nn.Conv2d or nn.Conv3d.")
+        kind = next((kind for kind in cls._kinds if isinstance(module, kind)), None)
+        if kind is None:
+            names = ", ".join(f"nn.{kind.__name__}" for kind in cls._kinds)
+            raise RewriteError(f"{type(module).__qualname__} is none of {names}.")
         check_swappable(module, kind.forward, ("weight", "bias"))
-        become(module, ShardedConv, options)
-        ShardedConv.refresh_sizes(module)  # type: ignore[arg-type]
+        become(module, cls, options)
+        cls.refresh_sizes(module)  # type: ignore[arg-type]
 
     def refresh_sizes(self) -> None:
         """Set in_channels, out_channels and groups to the local ones."""
@@ -98,16 +101,7 @@ class ShardedTransposedConv(ShardedConv):
     kernel_size: Any
     dilation: Any
 
-    @staticmethod
-    def swap(module: nn.Module, options: ConvOptions) -> None:
-        """Make ``module``, whose parameters are local already, a sharded one. Changes it in place."""
-        kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-        kind = kinds.get(len(getattr(module, "kernel_size", ())))
-        if kind is None or not isinstance(module, kind):
-            raise RewriteError(f"{type(module).__qualname__} is no nn.ConvTranspose1d, 2d or 3d.")
-        check_swappable(module, kind.forward, ("weight", "bias"))
-        become(module, ShardedTransposedConv, options)
-        ShardedTransposedConv.refresh_sizes(module)  # type: ignore[arg-type]
+    _kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     def refresh_sizes(self) -> None:
         """Set in_channels, out_channels and groups to the local ones."""

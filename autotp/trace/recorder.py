@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
@@ -88,11 +88,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.size or getattr(func, "__self__", None) is _SHAPE:
             return self._sized(func(*args, **kwargs), args, kwargs)
-        if func in _READS and (value := self._readable(func, args[0])) is not None:
+        if func in _READS and (value := self._readable(func, args[0], sys._getframe(1))) is not None:
             with _disable_current_modes():
                 return _READS[func](value)
         self.attribute(None)
-        out = self._run(func, args, kwargs)
+        out = self._run(func, args, kwargs, sys._getframe(1))
         if self._last() is not self.seen:
             self.attribute(self._call(func, args, kwargs, sys._getframe(1)))
             for _, tensor in tensor_leaves(out, ()):
@@ -100,12 +100,14 @@ class Recorder(TorchFunctionMode):
                     node.meta["requires_grad"] = tensor.requires_grad
         return out
 
-    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
         """The call; where its result's shape depends on values, by those that are known."""
         if func in _READS:
             return func(*args, **kwargs)
         if func in _INDEXES:
-            args = (args[0], self._plain_index(args[1]), *args[2:])
+            args = (args[0], self._plain_index(args[1], frame), *args[2:])
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
@@ -118,18 +120,41 @@ class Recorder(TorchFunctionMode):
                     real_args, real_kwargs = map_tensors((args, kwargs), lambda t: known[id(t)])
                     real = func(*real_args, **real_kwargs)
                 given = any(self._is_given(t) for t in tensors)
+                if given and not any(True for _ in tensor_leaves(real, ())):
+                    raise  # a truth value, of `torch.equal`
                 return map_tensors(real, lambda value: self._literal(value, given))
-            if func in _REPEATS and (counts := known.get(id((*args[1:2], kwargs.get("repeats"))[0]))) is not None:
-                return func(*args, **{**kwargs, "output_size": int(counts.sum())})
+            if func in _REPEATS and (picked := self._repeated(known, *args, **kwargs)) is not None:
+                return picked
             raise
 
-    def _plain_index(self, index: Any) -> Any:
+    def _repeated(
+        self,
+        known: Mapping[int, torch.Tensor],
+        whole: torch.Tensor,
+        repeats: torch.Tensor,
+        dim: int | None = None,
+        *,
+        output_size: int | None = None,
+    ) -> torch.Tensor | None:
+        """What `repeat_interleave` gives for known counts: an index."""
+        counts = known.get(id(repeats))
+        if counts is None:
+            return None
+        if dim is None:
+            whole, dim = whole.flatten(), 0
+        with _disable_current_modes():
+            size = whole.shape[dim]
+            places = torch.arange(size).repeat_interleave(counts.expand(size), output_size=output_size)
+        return whole.index_select(dim, self._literal(places, self._is_given(repeats)))
+
+    def _plain_index(self, index: Any, frame: FrameType) -> Any:
         """An index with numbers for known tensors in slices, and the places that known masks pick in their stead."""
         items = index if isinstance(index, tuple) else (index,)
         found: list[Any] = []
         for item in items:
             if isinstance(item, slice):
-                found.append(slice(*(self._plain_bound(bound) for bound in (item.start, item.stop, item.step))))
+                bounds = (item.start, item.stop, item.step)
+                found.append(slice(*(self._plain_bound(bound, frame) for bound in bounds)))
                 continue
             mask = isinstance(item, torch.Tensor) and item.dtype == torch.bool
             value = self._known_value(item) if mask else None
@@ -141,8 +166,10 @@ class Recorder(TorchFunctionMode):
                 found.append(item)
         return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
 
-    def _plain_bound(self, bound: Any) -> Any:
-        value = self._readable(torch.Tensor.__index__, bound) if isinstance(bound, torch.Tensor) else None
+    def _plain_bound(self, bound: Any, frame: FrameType) -> Any:
+        if not isinstance(bound, torch.Tensor):
+            return bound
+        value = self._readable(torch.Tensor.__index__, bound, frame)
         return bound if value is None else int(value)
 
     def _literal(self, value: torch.Tensor, given: bool) -> torch.Tensor:
@@ -157,15 +184,17 @@ class Recorder(TorchFunctionMode):
     def _is_given(self, tensor: torch.Tensor) -> bool:
         return node_of(tensor, self.tracer) in self.constants.given
 
-    def _readable(self, func: Callable[..., Any], tensor: torch.Tensor) -> torch.Tensor | None:
-        """The values, if Python may read them: those of a constant; of the inputs, sizes but no truth values."""
+    def _readable(
+        self, func: Callable[..., Any], tensor: torch.Tensor, frame: FrameType
+    ) -> torch.Tensor | None:
+        """The values, if Python may read them: those of a constant; of the inputs, whole numbers alone."""
         value = self._known_value(tensor)
         if value is None or not self._is_given(tensor):
             return value
-        if value.dtype == torch.bool or func is torch.Tensor.__bool__:
+        if value.dtype == torch.bool or value.is_floating_point() or func is torch.Tensor.__bool__:
             return None
         inner = self.running[-1] if self.running else _Running("", None)
-        frames = frames_to(sys._getframe(2), inner.code, _CALL_MODULE_CODE)
+        frames = frames_to(frame, inner.code, _CALL_MODULE_CODE)
         where = f"{inner.fqn or 'the model'}{f', {frames[0]}' if frames else ''}"
         self.notes.append(f"traced with sizes that the example inputs give, as read in {where}")
         return value

@@ -145,7 +145,7 @@ def _no_twin(model: nn.Module, switch: Switch, first: TraceError, last: TraceErr
     return TraceError(
         f"cannot trace the model with {names or 'its kernels'}: {last}"
         f" Before that: {first}"
-         " Make the kernel an op (torch.library.custom_op with register_fake) and give it a rule "
+        " Make the kernel an op (torch.library.custom_op with register_fake) and give it a rule "
         "(autotp.register_rule), or load the model with attn_implementation='sdpa' or 'eager'.",
         last.module,
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autotp.errors import TraceError
 from autotp.trace.attributes import int_attributes
 from autotp.trace.capture import trace
 from autotp.trace.graph import Trace
@@ -72,3 +73,36 @@ def test_hooks_that_a_forward_registers_are_gone_after_the_trace() -> None:
     assert [n.name for n in first.graph.nodes] == [n.name for n in second.graph.nodes]
     assert not hasattr(bare, "hooked")
     assert not bare.get_submodule("lin")._forward_hooks
+
+
+class Sized(nn.Module):
+    """It splits rows by lengths that come as a tensor, and may branch on them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.how == "bool" and (lengths > 1).all():
+            x = x + 1
+        if self.how == "equal" and torch.equal(lengths, lengths.flip(0)):
+            x = x + 1
+        if self.how == "float" and (lengths.double() / 2).sum().item() > 1:
+            x = x + 1
+        first, *_ = x.split(lengths.tolist())
+        return self.linear(torch.cat([first[: lengths[0]], x[:2].repeat_interleave(lengths, 0)]))
+
+
+def test_sizes_that_the_inputs_give_are_read() -> None:
+    model, args = Sized("sizes").double(), (torch.randn(5, 4, dtype=torch.float64), torch.tensor([2, 3]))
+    found = trace(skeleton(model), args)
+    torch.testing.assert_close(replay(found, state_of(model, found), args)[0], model(*args))
+    assert any("lengths.tolist()" in note for note in found.notes)
+    assert any("first[: lengths[0]]" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("how", ["bool", "equal", "float"])
+def test_no_branch_on_what_the_inputs_give(how: str) -> None:
+    with pytest.raises(TraceError, match="depends on values"):
+        trace(skeleton(Sized(how)), (torch.zeros(5, 4), torch.tensor([2, 3])))
