@@ -13,7 +13,7 @@ weight bytes and are gathered for it (the router of a mixture of experts).
 
 All maximal sets are enumerated (maximal cliques of the complement graph, Bron and Kerbosch 1973); the
 communication of each is an exact minimum cut. Sets whose axes turn out not to be shardable together
-(`PlanError` of the cut) drop out.
+(`PlanError` of the cut) lose those that cannot be sharded even alone, or drop out.
 
 Where more than `MOST_SETS` sets are within the tolerance, they are thinned first: without the axes that conflict
 with most others (the hidden dim, in or out), the conflicts fall apart into parts (an attention, an MLP), and in
@@ -117,6 +117,7 @@ def choose(
         sets, cut_off = _thinned(sets, classes, against, bytes_of), True
     if required and not sets:
         raise PlanError("no set of axes can be sharded as the overrides ask")
+    sets = _possible(flow, sets, classes, tolerance, bytes_of)
     best: Choice | None = None
     failures: list[str] = []
     most = 0.0
@@ -206,6 +207,30 @@ def _thinned(
         for size, chosen, branch, sizes in described
         if all(own >= (1 - PART_TOLERANCE) * best[branch, part] for part, own in sizes.items())
     ]
+
+
+def _possible(
+    flow: Flow,
+    sets: list[tuple[float, tuple[Candidate, ...]]],
+    classes: Mapping[str, tuple[Candidate, ...]],
+    tolerance: float,
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> list[tuple[float, tuple[Candidate, ...]]]:
+    """The sets as they are where the first that would be solved can be sharded; else without the axes that cannot be
+    sharded even alone, each once."""
+
+    def fails(chosen: tuple[Candidate, ...]) -> bool:
+        try:
+            flow.communicate(chosen)
+        except PlanError:
+            return True
+        return False
+
+    if not sets or not fails(next(iter(_promising(flow, sets, tolerance)))[1]):
+        return sets
+    alone = {c for members in classes.values() if fails(members) for c in members}
+    kept = {tuple(c for c in chosen if c not in alone): None for _, chosen in sets}
+    return sorted(((bytes_of(k), k) for k in kept), key=lambda s: (-s[0], [c.key for c in s[1]]))
 
 
 def _promising(

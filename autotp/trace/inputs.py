@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autotp.errors import TraceError
+from autotp.trace.config import IMAGE_TOKEN, VIDEO_TOKEN, dtype_of, find, get, image_token, vocabulary
 from autotp.trace.library import is_transformers
 
 BATCH, SEQ, DECODER_SEQ = 2, 7, 5
@@ -55,7 +56,7 @@ def _library_inputs(model: Any) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name in _wanted(model, takes):
         inputs |= _library_input(model, name)
-    if _get(model.config, "is_encoder_decoder") and "decoder_input_ids" in takes:
+    if get(model.config, "is_encoder_decoder") and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = _decoder_ids(model)
     if takes_cache_switch(model):
         inputs["use_cache"] = False
@@ -71,7 +72,7 @@ def _wanted(model: Any, takes: Mapping[str, inspect.Parameter]) -> list[str]:
     names += [name for name, p in takes.items() if p.default is p.empty and p.kind in named]
     if "inputs" in names:  # of several kinds
         names = [next((kind for kind in ("input_ids", "pixel_values") if kind in takes), "inputs")]
-    if _get(config, "vision_config") is not None:
+    if get(config, "vision_config") is not None:
         names += ["input_ids"] if model.main_input_name.startswith("pixel_values") else []
         two_towers = not model.can_generate() and image_token(config) is None
         names += ["input_ids", "pixel_values"] if two_towers else []
@@ -81,14 +82,6 @@ def _wanted(model: Any, takes: Mapping[str, inspect.Parameter]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name in takes or name == names[0]))
 
 
-def image_token(config: Any) -> int | None:
-    """The token in whose place the features of an image are put."""
-    return next((token for name in (*_IMAGE, *_VIDEO) if isinstance(token := _get(config, name), int)), None)
-
-
-_IMAGE, _VIDEO = ("image_token_id", "image_token_index"), ("video_token_id", "video_token_index")
-
-
 def takes_cache_switch(model: nn.Module) -> bool:
     """Whether `use_cache` is an argument, by name or passed on."""
     takes = inspect.signature(model.forward).parameters
@@ -96,27 +89,16 @@ def takes_cache_switch(model: nn.Module) -> bool:
     return "use_cache" in takes or (passes_on and "past_key_values" in takes)
 
 
-def vocabulary(model: Any) -> int:
-    """The number of tokens, of the decoder where there are two."""
-    config = model.config
-    for place in (config, _get(config, "decoder"), _get(config, "text_config")):
-        size = _get(place, "vocab_size")
-        if isinstance(size, int):
-            return size
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return int(_get(text, "vocab_size") or 32)
-
-
 def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:
     """The argument, and those that go with it."""
     config = model.config
     takes = inspect.signature(model.forward).parameters
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(model)
     if name.endswith("input_ids"):
         size = vocabulary(model)
         books = (
-            _get(config, "num_codebooks")
-            if name == "input_ids" and not _get(config, "is_encoder_decoder")
+            get(config, "num_codebooks")
+            if name == "input_ids" and not get(config, "is_encoder_decoder")
             else 0
         )
         return {name: token_ids(SEQ, size).repeat(books or 1, 1)}
@@ -126,14 +108,14 @@ def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:
     if name.startswith("pixel_values"):
         return _images(model, name, takes, dtype)
     if name == "flattened_patches":
-        patches = _find(config, "patch_size") or 16
-        width = patches * patches * (_find(config, "num_channels") or 3)
+        patches = find(config, "patch_size") or 16
+        width = patches * patches * (find(config, "num_channels") or 3)
         return {
             name: torch.zeros(BATCH, PATCHES[0] * PATCHES[1], 2 + width, dtype=dtype)
         }  # row, column, pixels
     if name == "input_values":
-        mels = _get(config, "num_mel_bins")
-        if mels and _get(config, "max_length"):  # a spectrogram transformer
+        mels = get(config, "num_mel_bins")
+        if mels and get(config, "max_length"):  # a spectrogram transformer
             return {name: torch.zeros(BATCH, config.max_length, mels, dtype=dtype)}
         return {name: torch.zeros(BATCH, 16 * _stride(config), dtype=dtype)}
     if name == "input_features":
@@ -151,12 +133,12 @@ def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:
 def _spectrogram(model: Any) -> tuple[int, ...]:
     config = model.config
     first = _first_leaf(model)
-    wide = first.in_features if isinstance(first, nn.Linear) else _get(config, "feature_projection_input_dim")
+    wide = first.in_features if isinstance(first, nn.Linear) else get(config, "feature_projection_input_dim")
     if wide:  # frames, several of them stacked
         return BATCH, FRAMES, int(wide)
-    mels = _find(config, "input_feat_per_channel", "num_mel_bins") or 80
-    positions = _get(config, "max_source_positions")
-    if positions and not _get(config, "input_feat_per_channel"):  # of a fixed length, as Whisper's
+    mels = find(config, "input_feat_per_channel", "num_mel_bins") or 80
+    positions = get(config, "max_source_positions")
+    if positions and not get(config, "input_feat_per_channel"):  # of a fixed length, as Whisper's
         return BATCH, mels, 2 * positions
     return BATCH, FRAMES, mels
 
@@ -168,26 +150,10 @@ def _encoder(model: Any) -> Any:
 
 def _decoder_ids(model: Any) -> torch.Tensor:
     ids = token_ids(DECODER_SEQ, vocabulary(model))
-    books = _get(
-        _get(model.config, "decoder_config"), "num_channels"
+    books = get(
+        get(model.config, "decoder_config"), "num_channels"
     )  # of a decoder of several streams of tokens
     return ids if not books else ids.unsqueeze(-1).repeat(1, 1, books)
-
-
-#: Where a config has the sizes of what a model sees or hears.
-_PARTS = (
-    "vision_config", "audio_config", "encoder_config", "speech_encoder", "encoder", "backbone_config",
-)  # fmt: skip
-
-
-def _find(config: Any, *names: str) -> Any:
-    """The first value that the config or one of its parts has by one of these names."""
-    for place in (config, *(_get(config, part) for part in _PARTS)):
-        for name in names:
-            value = _get(place, name)
-            if value:
-                return value
-    return None
 
 
 def _images(
@@ -195,8 +161,8 @@ def _images(
 ) -> dict[str, torch.Tensor]:
     config = model.config
     if "spatial_shapes" in takes:  # a list of patches, of images of all shapes
-        patch = _find(config, "patch_size")
-        width = patch * patch * (_find(config, "num_channels") or 3)
+        patch = find(config, "patch_size")
+        width = patch * patch * (find(config, "num_channels") or 3)
         count = PATCHES[0] * PATCHES[1]
         return {
             name: torch.zeros(BATCH, count, width, dtype=dtype),
@@ -204,8 +170,8 @@ def _images(
             "spatial_shapes": torch.tensor(PATCHES).expand(BATCH, 2).contiguous(),
         }
     shape = _image_shape(model, config)
-    only_videos = any(_get(config, token) for token in _VIDEO) and not any(
-        _get(config, token) for token in _IMAGE
+    only_videos = any(get(config, token) for token in VIDEO_TOKEN) and not any(
+        get(config, token) for token in IMAGE_TOKEN
     )
     if (name == "pixel_values_videos" or only_videos) and len(shape) == 4:
         shape = (BATCH, FRAMES_OF_VIDEO, *shape[1:])
@@ -218,27 +184,23 @@ def _images(
 
 
 def _image_shape(model: nn.Module, config: Any) -> tuple[int, ...]:
-    size = _find(config, "image_size")
-    channels = _find(config, "num_channels", "in_channels") or next(
+    size = find(config, "image_size")
+    channels = find(config, "num_channels", "in_channels") or next(
         (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3
     )
     height, width = (
         size if isinstance(size, (tuple, list)) else (size or 224, size or 224)
     )  # convolutional: any
-    frames = _find(config, "num_frames")
+    frames = find(config, "num_frames")
     return (BATCH, frames, channels, height, width) if frames else (BATCH, channels, height, width)
 
 
 def _stride(config: Any) -> int:
     """Samples of a waveform per frame."""
     stride = 1
-    for s in _get(config, "conv_stride") or (320,):
+    for s in get(config, "conv_stride") or (320,):
         stride *= s
     return stride
-
-
-def _get(config: Any, name: str) -> Any:
-    return getattr(config, name, None) if not isinstance(config, dict) else config.get(name)
 
 
 # any other module
@@ -285,9 +247,9 @@ def _first_leaf(model: nn.Module) -> nn.Module | None:
 
 def _declared_image_size(model: nn.Module) -> tuple[int, int] | None:
     for module in model.modules():
-        for holder in (module, _get(module, "config")):
+        for holder in (module, get(module, "config")):
             for name in ("image_size", "img_size", "input_size"):
-                size = _get(holder, name)
+                size = get(holder, name)
                 if isinstance(size, int):
                     return size, size
                 if isinstance(size, (tuple, list)) and len(size) == 2:

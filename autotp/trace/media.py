@@ -17,7 +17,8 @@ import torch
 
 from autotp.errors import TraceError
 from autotp.trace.capture import trace
-from autotp.trace.inputs import BATCH, SEQ, token_ids, vocabulary
+from autotp.trace.config import AUDIO_TOKEN, IMAGE_TOKEN, dtype_of, first, get, vocabulary
+from autotp.trace.inputs import BATCH, SEQ, token_ids
 from autotp.trace.library import is_transformers
 from autotp.trace.skeleton import skeleton
 
@@ -36,8 +37,8 @@ class _Medium:
 
 
 _MEDIA = (
-    _Medium("get_image_features", "pixel_values", ("image_token_id", "image_token_index")),
-    _Medium("get_audio_features", "input_features", ("audio_token_id", "audio_token_index")),
+    _Medium("get_image_features", "pixel_values", IMAGE_TOKEN),
+    _Medium("get_audio_features", "input_features", AUDIO_TOKEN),
 )
 
 
@@ -71,7 +72,7 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _token(model: Any, medium: _Medium) -> int | None:
-    found = (getattr(model.config, name, None) for name in medium.tokens)
+    found = (get(model.config, name) for name in medium.tokens)
     return next((t for t in found if isinstance(t, int) and 0 <= t < vocabulary(model)), None)
 
 
@@ -108,20 +109,20 @@ def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
 
 def _images(model: Any) -> Iterator[Inputs]:
     """The shapes of `pixel_values`, with what else tells their sizes; the most common first."""
-    dtype = _dtype(model)
-    vision = _part(model.config, "vision_config")
-    channels = _first(vision, "num_channels", "in_channels", "in_chans") or 3
-    size = _first(vision, "image_size", "img_size") or 224
+    dtype = dtype_of(model)
+    vision = (get(model.config, "vision_config") or model.config,)
+    channels = first(vision, "num_channels", "in_channels", "in_chans") or 3
+    size = first(vision, "image_size", "img_size") or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    patch = _first(vision, "patch_size") or 16
+    patch = first(vision, "patch_size") or 16
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
     sizes = torch.tensor([[height, width]]).repeat(BATCH, 1)
 
-    merge = _first(vision, "spatial_merge_size", "merge_kernel_size") or _first(model.config, "spatial_merge_size") or 2
+    merge = first((*vision, model.config), "spatial_merge_size", "merge_kernel_size") or 2
     merge = merge[0] if isinstance(merge, (tuple, list)) else merge
     side = 2 * merge
     grid = torch.tensor([[1, side, side]]).repeat(BATCH, 1)
-    for frames in dict.fromkeys((_first(vision, "temporal_patch_size") or 1, 1)):
+    for frames in dict.fromkeys((first(vision, "temporal_patch_size") or 1, 1)):
         pixels = channels * frames * patch * patch
         yield {"pixel_values": torch.zeros(BATCH * side * side, pixels, dtype=dtype), "image_grid_thw": grid}
     flat = torch.zeros(BATCH * side * side, channels, patch, patch, dtype=dtype)
@@ -148,10 +149,10 @@ def _images(model: Any) -> Iterator[Inputs]:
 
 def _sounds(model: Any) -> Iterator[Inputs]:
     """The shapes of `input_features`, with the mask that tells how long each is."""
-    dtype = _dtype(model)
-    audio = _part(model.config, "audio_config", "encoder_config")
-    bins = _first(audio, "num_mel_bins", "input_dim", "input_feat_size") or 80
-    positions = _first(audio, "max_source_positions")
+    dtype = dtype_of(model)
+    audio = (first((model.config,), "audio_config", "encoder_config") or model.config,)
+    bins = first(audio, "num_mel_bins", "input_dim", "input_feat_size") or 80
+    positions = first(audio, "max_source_positions")
     for frames in dict.fromkeys((2 * positions if positions else _FRAMES, _FRAMES)):
         for shape, length in (((BATCH, bins, frames), frames), ((BATCH, frames, bins), frames)):
             mask = torch.ones(BATCH, length, dtype=torch.long)
@@ -160,15 +161,3 @@ def _sounds(model: Any) -> Iterator[Inputs]:
                 "input_features_mask": mask,
                 "feature_attention_mask": mask,
             }
-
-
-def _part(config: Any, *names: str) -> Any:
-    return next((part for name in names if (part := getattr(config, name, None)) is not None), config)
-
-
-def _first(config: Any, *names: str) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None))), None)
-
-
-def _dtype(model: Any) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

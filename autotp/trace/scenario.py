@@ -19,6 +19,7 @@ from torch import nn
 from autotp.errors import TraceError
 from autotp.trace.attributes import fields, is_config
 from autotp.trace.capture import Run, call_forward, trace
+from autotp.trace.config import vocabulary
 from autotp.trace.fold import Folds, fold
 from autotp.trace.graph import Trace
 from autotp.trace.inputs import (
@@ -29,7 +30,6 @@ from autotp.trace.inputs import (
     as_arguments,
     example_inputs,
     token_ids,
-    vocabulary,
 )
 from autotp.trace.library import is_transformers
 from autotp.trace.media import media_inputs

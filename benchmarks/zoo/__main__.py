@@ -19,13 +19,17 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -37,24 +41,21 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from .compare import Result, run
+from .compare import Result, compare, examine, shard
 from .configs import TASKS, architectures
 
 KINDS = ("exact", "partial", "refused", "wrong", "crash", "unbuildable")
 GENERATIVE = ("causal-lm", "seq2seq")
 
 
-def rank_main(
-    rank: int, tp: int, store: str, name: str, cls: Any, options: dict[str, Any], tokens: bool, out: Connection
-) -> None:
-    """One rank of one model, in a forked process."""
+def quietly(out: Connection, name: str, cls: Any, work: Callable[[], Result]) -> None:
+    """In a forked process: send what the work finds, or how it failed."""
     torch.set_num_threads(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, tp), rank=rank, world_size=tp)
-        result = run(name, cls, options, tokens)
+        result = work()
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -65,54 +66,80 @@ def rank_main(
     os._exit(0)
 
 
+def model_main(name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, folder: str) -> Result:
+    """One model: planned once, then compared by a process for each rank."""
+    subject = examine(name, cls, tp, options)
+    if isinstance(subject, Result):
+        return subject
+
+    def rank_main(rank: int) -> Result:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", tp), rank=rank, world_size=tp)
+        return compare(name, shard(subject), subject.reference, subject.inputs, tokens)
+
+    pipes = {}
+    for rank in range(tp):
+        pipe, process = fork(name, cls, partial(rank_main, rank))
+        pipes[pipe] = process
+    results = []
+    while len(results) < tp:
+        for pipe in wait([*pipes]):
+            results.append(receive(pipe, name, cls))  # type: ignore[arg-type]
+            del pipes[pipe]  # type: ignore[arg-type]
+        if results[-1].kind == "crash":
+            break
+    for process in pipes.values():
+        process.kill()
+    return max(results, key=lambda r: badness(r.kind))
+
+
+def fork(
+    name: str, cls: Any, work: Callable[[], Result]
+) -> tuple[Connection, multiprocessing.context.ForkProcess]:
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=quietly, args=(its, name, cls, work))
+    process.start()
+    its.close()
+    return mine, process
+
+
+def receive(pipe: Connection, name: str, cls: Any) -> Result:
+    try:
+        result: Result = pipe.recv()
+    except EOFError:
+        result = Result(name, cls.__name__, "crash", "the process died")
+    return result
+
+
 class Job:
-    """The ranks of one model."""
+    """A process for one model, in a process group of its own with those of its ranks."""
 
     def __init__(self, name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, limit: float) -> None:
         self.name, self.cls = name, cls
         self.started = time.monotonic()
         self.limit = limit
         self.folder = tempfile.mkdtemp(prefix="zoo-")
-        self.results: dict[int, Result] = {}
-        self.pipes: dict[Connection, int] = {}
-        self.processes = []
-        context = multiprocessing.get_context("fork")
-        for rank in range(tp):
-            mine, its = context.Pipe(duplex=False)
-            process = context.Process(
-                target=rank_main,
-                args=(rank, tp, f"{self.folder}/store", name, cls, options, tokens, its),
-                daemon=True,
-            )
-            process.start()
-            its.close()
-            self.pipes[mine] = rank
-            self.processes.append(process)
 
-    def receive(self, pipe: Connection) -> None:
-        rank = self.pipes.pop(pipe)
-        try:
-            self.results[rank] = pipe.recv()
-        except EOFError:
-            self.results[rank] = Result(self.name, self.cls.__name__, "crash", "the process died")
+        def work() -> Result:
+            os.setpgid(0, 0)
+            return model_main(name, cls, tp, options, tokens, self.folder)
 
-    def done(self) -> bool:
-        failed = [r for r in self.results.values() if r.kind == "crash"]
-        return not self.pipes or bool(failed) or time.monotonic() - self.started > self.limit
+        self.pipe, self.process = fork(name, cls, work)
+
+    def late(self) -> bool:
+        return time.monotonic() - self.started > self.limit
 
     def close(self) -> Result:
-        """The worst that a rank found."""
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        if self.pipe.poll():
+            result = receive(self.pipe, self.name, self.cls)
+        else:
+            result = Result(self.name, self.cls.__name__, "crash", f"not done in {self.limit:.0f} s")
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
-        late = Result(self.name, self.cls.__name__, "crash", f"not done in {self.limit:.0f} s")
-        worst = max(self.results.values(), key=lambda r: badness(r.kind), default=late)
-        if self.pipes and worst.kind != "crash":
-            worst = late
-        worst.seconds = time.monotonic() - self.started
-        return worst
+        result.seconds = time.monotonic() - self.started
+        return result
 
 
 def badness(kind: str) -> int:
@@ -127,11 +154,9 @@ def sweep(
         while waiting and len(running) < jobs:
             task, name, cls = waiting.pop(0)
             running.append((task, Job(name, cls, tp, options, task in GENERATIVE, limit)))
-        pipes = {pipe: job for _, job in running for pipe in job.pipes}
-        for pipe in wait(list(pipes), timeout=1.0):
-            pipes[pipe].receive(pipe)  # type: ignore[index, arg-type]
+        ready = wait([job.pipe for _, job in running], timeout=1.0)
         for task, job in list(running):
-            if job.done():
+            if job.pipe in ready or job.late():
                 running.remove((task, job))
                 result = job.close()
                 found.append((task, result))
@@ -149,7 +174,7 @@ def sweep(
 @click.option("--heads", type=int, help="Attention heads of each model.")
 @click.option("--kv-heads", type=int, help="Key and value heads of models that have fewer of them.")
 @click.option("--only", multiple=True, help="Glob pattern of model types; may be repeated.")
-@click.option("--jobs", default=1, show_default=True, help="Models at a time.")
+@click.option("--jobs", default=2, show_default=True, help="Models at a time.")
 @click.option("--limit", default=240.0, show_default=True, help="Seconds for one model.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
 def main(

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import autotp
+from autotp.api import carry_out
 from autotp.axes.layout import slice_tensor
 from autotp.errors import AutoTPError
+from autotp.prepare import Prepared, prepare
 from autotp.rewrite.state import sharding_of
+from autotp.runtime.mesh import default_mesh
 
 from .configs import build
 
@@ -44,7 +47,17 @@ class Result:
     whole: dict[str, str] = field(default_factory=dict)  # weights that stayed replicated: name → why
 
 
-def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result:
+@dataclass(frozen=True)
+class Subject:
+    """A model that runs unsharded, and how it will be sharded: found once, before the ranks part."""
+
+    reference: nn.Module
+    inputs: Mapping[str, Any]
+    prepared: Prepared
+
+
+def examine(name: str, cls: Any, tp: int, options: Mapping[str, Any]) -> Result | Subject:
+    """The model and its plan, proven for all ranks; or why there is none."""
     result = Result(name, cls.__name__)
     warnings.filterwarnings("ignore")
     try:
@@ -52,12 +65,23 @@ def run(name: str, cls: Any, options: Mapping[str, Any], tokens: bool) -> Result
     except Exception as error:
         result.kind, result.reason = "unbuildable", _line(error)
         return result
-    model = copy.deepcopy(reference)
     try:
-        autotp.parallelize(model)
+        return Subject(reference, inputs, prepare(reference, tp))
     except AutoTPError as error:
         result.kind, result.reason = "refused", f"{type(error).__name__}: {error}"
         return result
+
+
+def shard(subject: Subject) -> nn.Module:
+    """The model on this rank, as planned."""
+    return carry_out(copy.deepcopy(subject.reference), default_mesh(None), subject.prepared)
+
+
+def compare(
+    name: str, model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any], tokens: bool
+) -> Result:
+    """A sharded model, on one rank, against the whole of it."""
+    result = Result(name, type(reference).__name__)
     sharding = sharding_of(model)
     assert sharding is not None
     result.share, result.weights, result.whole = sharded_share(reference, sharding.plan)

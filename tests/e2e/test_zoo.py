@@ -6,10 +6,13 @@ generates. `tests/e2e/test_models.py` looks closer, at fewer.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
-from benchmarks.zoo.compare import Result, run
-from benchmarks.zoo.configs import architectures
+import autotp
+from benchmarks.zoo.compare import Result, compare
+from benchmarks.zoo.configs import architectures, build
 from tests.dist.pool import Pool
 
 #: task → what is particular about which architecture
@@ -42,7 +45,9 @@ SUBSET: dict[str, dict[str, str]] = {
 
 
 def run_one(task: str, name: str) -> Result:
-    return run(name, dict(architectures(task))[name], {}, tokens=task in ("causal-lm", "seq2seq"))
+    reference, inputs = build(name, dict(architectures(task))[name], {})
+    model = autotp.parallelize(copy.deepcopy(reference))
+    return compare(name, model, reference, inputs, tokens=task in ("causal-lm", "seq2seq"))
 
 
 @pytest.mark.parametrize(

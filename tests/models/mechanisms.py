@@ -118,6 +118,32 @@ class Pooled(nn.Module):
         return self.down(h), torch.tanh(2.0 * h.mean((1, 2)))
 
 
+class SharedRotaryKey(nn.Module):
+    """DeepSeek-V2: one key for all heads, rotated as complex numbers; here each head has a phase of its own, so the
+    gradients of the heads meet at a complex value."""
+
+    def __init__(self, width: int = 14, heads: int = 6, pairs: int = 5) -> None:
+        super().__init__()
+        self.heads, self.pairs = heads, pairs
+        self.q = nn.Linear(width, heads * pairs * 2, bias=False)
+        self.k = nn.Linear(width, pairs * 2, bias=False)
+        self.v = nn.Linear(width, heads * pairs, bias=False)
+        self.o = nn.Linear(heads * pairs, width, bias=False)
+        self.register_buffer("phase", torch.randn(heads, 1, pairs))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """[batch, heads or 1, seq, 2 pairs] → the same, turned by place and head."""
+        pairs = torch.view_as_complex(x.unflatten(-1, (self.pairs, 2)))
+        places = torch.arange(x.shape[2], dtype=x.dtype)[:, None]
+        angle = places + self.phase
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.v))
+        scores = self.turned(q) @ self.turned(self.k(x)[:, None]).transpose(-1, -2)
+        return self.o((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2))
+
+
 def ids() -> Tensor:
     return torch.randint(0, 158, (BATCH, SEQ), generator=torch.Generator().manual_seed(5))
 
@@ -135,6 +161,7 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
     "norm of all heads": (
         NormOfAllHeads, lambda: floats(20), "q.weight k.weight v.weight o.weight q_norm.weight k_norm.weight",
     ),
+    "shared rotary key": (SharedRotaryKey, lambda: floats(14), "q.weight v.weight o.weight phase"),
     "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip

@@ -31,10 +31,12 @@ LEAST = {
     "x_*": 0.95,
     "diffusers_*": 0.8,
     "lora*": 0.95,
+    "torch_*": 0.9,
 }
 TABLES = {
     "convolutional": "tests.outside.convolutional:CONVOLUTIONAL",
     "mixers": "tests.outside.mixers:MIXERS",
+    "layers": "tests.outside.torch_layers:LAYERS",
     "x_transformers": "tests.outside.packages:X_TRANSFORMERS",
     "diffusers": "tests.outside.packages:DIFFUSERS",
     "peft": "tests.outside.packages:PEFT",
@@ -84,6 +86,10 @@ def test_mixers_and_diffusion_transformers_on_two_ranks(dist: Pool) -> None:
 
 def test_mixers_and_diffusion_transformers_on_three_ranks(dist: Pool) -> None:
     run(dist, 3, "mixers", "mlp_mixer", "dit", "lstm_*")
+
+
+def test_layers_of_torch_on_two_ranks(dist: Pool) -> None:
+    run(dist, 2, "layers")
 
 
 @pytest.mark.parametrize(("rnn", "op"), [("LSTM", "aten.lstm.input"), ("GRU", "aten.gru.input")])
