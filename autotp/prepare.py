@@ -21,11 +21,13 @@ from .plan.planner import Choice, choose
 from .rewrite.anchors import Anchors
 from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
+from .rewrite.folding import unlike
 from .rewrite.steps import Enter
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
 from .runtime.mesh import Verdict, agree
 from .trace.capture import trace
+from .trace.fold import Folds
 from .trace.graph import Trace
 from .trace.library import is_transformers
 from .trace.scenario import Scenario, scenarios, trace_model
@@ -80,8 +82,31 @@ def prepare(
     overrides = Overrides.load(given)
     wanted = scenarios(model, example_inputs)
     traces, folds = trace_model(model, wanted)
-    if overrides.splits(model, folds):  # some of the layers that were folded into one are placed otherwise
-        traces, folds = trace_model(model, wanted, folded=False)
+    if not overrides.splits(model, folds):
+        try:
+            return _prepared(model, tp, wanted, traces, folds, overrides, strict, verify, mesh)
+        except _UnlikeError:
+            pass
+    # some of the layers that were folded into one are placed otherwise, or come by their inputs in another way
+    traces, folds = trace_model(model, wanted, folded=False)
+    return _prepared(model, tp, wanted, traces, folds, overrides, strict, verify, mesh)
+
+
+class _UnlikeError(Exception):
+    """One layer cannot stand for those that it was folded with."""
+
+
+def _prepared(
+    model: nn.Module,
+    tp: int,
+    wanted: Sequence[Scenario],
+    traces: Sequence[Trace],
+    folds: Folds,
+    overrides: Overrides,
+    strict: bool,
+    verify: bool,
+    mesh: DeviceMesh | None,
+) -> Prepared:
     analyses = [analyse(t) for t in traces]
     analysis = analyses[0]
     anchors = Anchors(traces[0])
@@ -101,7 +126,7 @@ def prepare(
         rewriting: Rewriting | None = None
         failure: RewriteError | None = None
         try:
-            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, ranks, verify)
+            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, folds, tp, ranks, verify)
         except RewriteError as error:
             failure = error
         diff = rewriting.diff if rewriting is not None else ""
@@ -156,6 +181,7 @@ def _rewrite(
     choice: Choice,
     anchors: Anchors,
     scenarios: Mapping[str, Scenario],
+    folds: Folds,
     tp: int,
     ranks: Sequence[int],
     verify: bool,
@@ -177,6 +203,8 @@ def _rewrite(
         scenarios = {**scenarios, "unmasked": replace(scenarios[first], name="unmasked")}
         found = analyse(retrace("unmasked")(base))
         others.append(another_view(main, found, retrace("unmasked"), gradients=True))
+    if any(unlike(view, folds, tp) for view in (main, *(view for view, _ in others))):
+        raise _UnlikeError
     return rewrite_and_verify(lambda: skeleton(base), main, others, tp, ranks, verify=verify)
 
 

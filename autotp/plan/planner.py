@@ -23,7 +23,7 @@ each part a set has to shard nearly the most bytes that any set shards there. A 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -97,12 +97,8 @@ def choose(
     own, against = conflicts(analysis, found)
     found = [c for c in found if c not in own]
     classes = _classes(found, against)
-    weights = _weights(analysis)
-    total = sum(size for _, size in weights)
-
-    def bytes_of(chosen: Iterable[Candidate]) -> float:
-        sharded = frozenset(a for c in chosen for a in c.atoms)
-        return sum(size * sharded_share(dims, sharded) for dims, size in weights)
+    weights = Weights(analysis)
+    total, bytes_of = weights.total, weights.sharded
 
     required = tuple(require)
     sets: list[tuple[float, tuple[Candidate, ...]]] = []
@@ -335,13 +331,31 @@ def _maximal_sets(
     return cliques
 
 
-def _weights(analysis: Analysis) -> list[tuple[tuple[Dim, ...], int]]:
-    params = analysis.trace.params
-    return [
-        (analysis.dims[node][0], nbytes(node))
-        for fqn, node in params.items()
-        if fqn not in analysis.trace.is_buffer
-    ]
+class Weights:
+    """The bytes of a model's parameters, and how many of them a set of axes shards."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        params = analysis.trace.params
+        counted: Counter[tuple[Dim, ...]] = Counter()
+        for fqn, node in params.items():
+            if fqn not in analysis.trace.is_buffer:
+                counted[analysis.dims[node][0]] += nbytes(node)
+        self._weights = [(dims, size, frozenset(atoms_of(dims))) for dims, size in counted.items()]
+        self._found: dict[tuple[int, frozenset[Atom]], float] = {}
+        self.total = sum(size for _, size, _ in self._weights)
+
+    def sharded(self, chosen: Iterable[Candidate]) -> float:
+        axes = frozenset(a for c in chosen for a in c.atoms)
+        return sum(self._share(i, axes & own) for i, (_, _, own) in enumerate(self._weights))
+
+    def _share(self, weight: int, own: frozenset[Atom]) -> float:
+        if not own:
+            return 0.0
+        found = self._found.get((weight, own))
+        if found is None:
+            dims, size, _ = self._weights[weight]
+            found = self._found[weight, own] = size * sharded_share(dims, own)
+        return found
 
 
 def holders(analysis: Analysis, candidate: Candidate) -> list[str]:

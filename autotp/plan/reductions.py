@@ -91,6 +91,7 @@ class Communication:
         partial: values that are Partial on each rank (before the reduce, where there is one).
         enter: value → the uses that share one gradient all-reduce.
         close: ops on gathered operands whose result is sliced again: between op and slice the gradient is made whole.
+        unsummed: values whose gradient is still a part of it on each rank when it goes on backwards.
         sync: parameters whose gradient is summed after the backward (over ranks that hold the same slice).
         conversions: gathers and slices.
         cost_bytes: ring bytes of all of it; ``collectives``: how many.
@@ -101,6 +102,7 @@ class Communication:
     partial: frozenset[fx.Node] = frozenset()
     enter: dict[fx.Node, tuple[Edge, ...]] = field(default_factory=dict)
     close: frozenset[fx.Node] = frozenset()
+    unsummed: frozenset[fx.Node] = frozenset()
     sync: frozenset[fx.Node] = frozenset()
     conversions: tuple[Conversion, ...] = ()
     cost_bytes: int = 0
@@ -239,10 +241,11 @@ class Flow:
                 seen.add((forward.reduce, forward.masked))
                 price = forward.cost
                 enter: dict[fx.Node, tuple[Edge, ...]] = {}
+                unsummed: frozenset[fx.Node] = frozenset()
                 sync: frozenset[fx.Node] = frozenset()
                 if gradients:
                     flowing = forward.partial - forward.reduce
-                    enter, sync, back = self._backward(
+                    enter, unsummed, sync, back = self._backward(
                         sharded, pairs, partition, flowing, forward.masked, conversions, close
                     )
                     price += back
@@ -251,7 +254,7 @@ class Flow:
                 continue
             if best is None or price + FINE <= best.cost_bytes:  # the plainer way, unless another one saves bytes
                 best = Communication(
-                    forward.reduce, forward.masked, forward.partial, enter, close, sync, conversions, price
+                    forward.reduce, forward.masked, forward.partial, enter, close, unsummed, sync, conversions, price
                 )
         if best is None:
             raise failure
@@ -414,7 +417,7 @@ class Flow:
         masked: frozenset[Edge],
         conversions: tuple[Conversion, ...],
         close: frozenset[fx.Node],
-    ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], int]:
+    ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], frozenset[fx.Node], int]:
         ops, dims = self.analysis.ops, self.analysis.dims
         gathered = {(c.producer, c.consumer) for c in conversions if c.kind == "gather"}
         held = {node: self.held_by(node, sharded) for node in dims}
@@ -447,7 +450,7 @@ class Flow:
         ]
         sources = {e for e in live if sharded_use(e)}
         if not sources:
-            return {}, frozenset(), 0
+            return {}, frozenset(), frozenset(), 0
 
         def needs_whole(node: fx.Node) -> bool:
             """Whether the op that made ``node`` can only go backwards from a whole gradient."""
@@ -512,7 +515,7 @@ class Flow:
                 raise PlanError(f"{node}: ranks have parts of it in common in more than one way")
             else:
                 sync.add(node)
-        return enter, frozenset(sync), cost
+        return enter, uncut, frozenset(sync), cost
 
     def _sync_cost(self, param: fx.Node, sharded: frozenset[Atom]) -> int:
         """Of a gradient only the part that ranks hold in common is summed, once a step for any number of tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -19,19 +19,43 @@ from .candidates import Candidate, atoms_of
 from .reductions import Flow, covers, sliced_alike
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Use:
     """A use whose dim is another than the producer's."""
 
     consumer: fx.Node
     have: Dim
     want: Dim
-    atoms: frozenset[Atom]
+    held: frozenset[Atom]
+    wanted: frozenset[Atom]
+    found: dict[frozenset[Atom], frozenset[Atom]] = field(default_factory=dict)
 
     def gathered(self, sharded: frozenset[Atom]) -> frozenset[Atom]:
         """The axes that have to be gathered for it."""
+        held = sharded & self.held
+        if not held:
+            return held
+        of_both = held | (sharded & self.wanted)
+        if of_both not in self.found:
+            alike = sliced_alike(self.have, self.want, of_both)
+            self.found[of_both] = frozenset() if alike else held
+        return self.found[of_both]
+
+
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """A dim with concatenations that is summed over."""
+
+    dim: Dim
+    atoms: frozenset[Atom]
+    found: dict[frozenset[Atom], bool] = field(default_factory=dict)
+
+    def partly(self, sharded: frozenset[Atom]) -> frozenset[Atom]:
+        """Its sharded axes, if some parts stay whole."""
         held = sharded & self.atoms
-        return frozenset() if not held or sliced_alike(self.have, self.want, sharded) else held
+        if held and held not in self.found:
+            self.found[held] = covers(self.dim, held)
+        return frozenset() if not held or self.found[held] else held
 
 
 class Refusals:
@@ -40,7 +64,7 @@ class Refusals:
     def __init__(self, analysis: Analysis, flow: Flow) -> None:
         self.flow = flow
         self.sums = [
-            (dim, frozenset(atoms_of([dim])))
+            _Sum(dim, _atoms(dim))
             for info in analysis.ops.values()
             for dim in info.contracted
             if any(isinstance(factor, Cat) for factor in dim)
@@ -53,16 +77,16 @@ class Refusals:
                 made = analysis.dims[operand.node][operand.output]
                 for have, want in zip(made, operand.dims, strict=True):
                     if have != want and node in flow.differentiable:
-                        self.uses.append(_Use(node, have, want, _atoms(have)))
+                        self.uses.append(_Use(node, have, want, _atoms(have), _atoms(want)))
             self.operands[node] = frozenset(a for o in info.operands for a in atoms_of(o.dims))
             for output, d in info.whole_out:
                 self.sliced[node] |= _atoms(info.out[output][d])
 
     def blamed(self, sharded: frozenset[Atom]) -> frozenset[Atom]:
         """The axes at the first refusal; none, if there is none."""
-        for dim, atoms in self.sums:
-            if sharded & atoms and not covers(dim, sharded):
-                return sharded & atoms
+        for contracted in self.sums:
+            if partly := contracted.partly(sharded):
+                return partly
         for use in self.uses:
             gathered = use.gathered(sharded)
             if not gathered:

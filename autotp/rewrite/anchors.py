@@ -125,11 +125,19 @@ class Anchors:
         users = list(users)
         for call, path in self._plain_first(self.outputs[node]):
             made_inside = call.first <= self.position[node] < call.last
-            if Boundary(call.fqn, "out", path) in self.barred:
+            if Boundary(call.fqn, "out", path) in self.barred or self._dropped_in(node, call):
                 continue
             if made_inside and all(self.position[user] >= call.last for user in users):
                 return Boundary(call.fqn, "out", path)
         return None
+
+    def _dropped_in(self, node: fx.Node, around: ModuleCall) -> bool:
+        """Whether a dropout inside that call lets the value through: in train mode another one comes out."""
+        return any(
+            around.first <= call.first and call.last <= around.last and call is not around
+            and isinstance(self.modules[call.fqn], nn.modules.dropout._DropoutNd)
+            for call, _ in self.inputs[node]
+        )  # fmt: skip
 
     def _plain_first(self, calls: list[tuple[ModuleCall, Path]]) -> list[tuple[ModuleCall, Path]]:
         """Hooks on a module that its parent calls several times act in each call: only where nothing else will."""

@@ -179,7 +179,9 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
     for number, (view, twins) in enumerate(others):
         theirs = view.rank(0, tp, "")
         translate = _Translation(twins, number)
-        ran = {call.fqn for call in view.analysis.trace.calls}
+        calls = view.analysis.trace.calls
+        ran = {call.fqn for call in calls}
+        given = {Boundary(call.fqn, "in", port.path) for call in calls for port in call.inputs}
 
         def same(a: tuple[Step, ...], b: tuple[Step, ...], view: View = view, theirs: Rank = theirs) -> bool:
             mine = [describe(s, rank) for s in a if view.gradients or not isinstance(s, Enter)]
@@ -195,6 +197,8 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
         hooks = dict(program.hooks)
         for boundary in {**hooks, **view.program.hooks}:
             a, b = hooks.get(boundary, ()), view.program.hooks.get(boundary, ())
+            if boundary.side == "in" and boundary not in given:
+                continue  # an argument that is left out there
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):

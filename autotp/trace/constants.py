@@ -21,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 LARGEST = 1 << 20  # elements
 
+#: Of their second argument only the shape counts.
+_AS = (torch.ops.aten.expand_as.default, torch.ops.aten.view_as.default, torch.ops.aten.reshape_as.default)
+
 
 class Constants:
     """The known values of a growing graph. `advance` takes in the nodes made since the last call."""
@@ -43,6 +46,7 @@ class Constants:
                 if (
                     isinstance(value, torch.Tensor)
                     and not isinstance(value, FakeTensor)
+                    and not torch._C._functorch.is_functorch_wrapped_tensor(value)  # one row, in a vmap
                     and value.device.type == "cpu"
                 ):
                     self.values[node] = value.detach()
@@ -67,9 +71,13 @@ class Constants:
                 return
         elif getattr(target, "__name__", "") != "getitem":
             return
-        if any(arg not in self.values for arg in node.all_input_nodes) or not _small(node.meta.get("val")):
+        known = {arg: self.values[arg] for arg in node.all_input_nodes if arg in self.values}
+        if target in _AS and node.args[0] in self.given:
+            like: Any = node.args[1]
+            known.setdefault(like, torch.zeros(()).expand(like.meta["val"].shape))
+        if len(known) < len(node.all_input_nodes) or not _small(node.meta.get("val")):
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self.values[arg])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         target = torch.ops.aten.detach.default if target is torch.ops.aten.detach_.default else target
         try:
             self.values[node] = target(*args, **kwargs)

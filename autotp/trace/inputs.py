@@ -6,18 +6,19 @@ Only shapes and dtypes matter to a trace. Batch and sequence sizes are small dis
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from autotp.errors import TraceError
-from autotp.trace.config import IMAGE_TOKEN, VIDEO_TOKEN, dtype_of, find, get, image_token, vocabulary
+from autotp.trace.config import IMAGE_TOKEN, VIDEO_TOKEN, dtype_of, find, first, get, image_token, vocabulary
 from autotp.trace.library import is_transformers
 
 BATCH, SEQ, DECODER_SEQ = 2, 7, 5
 FRAMES, FRAMES_OF_VIDEO = 29, 2
+ENCODER_STATES = "encoder_hidden_states"
 PATCHES = (3, 5)  # rows and columns of an image that comes in patches
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,6 +90,18 @@ def takes_cache_switch(model: nn.Module) -> bool:
     return "use_cache" in takes or (passes_on and "past_key_values" in takes)
 
 
+def encoder_states(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """What the cross-attention of a decoder by itself looks at, where it may have one; nothing for other models."""
+    if not is_transformers(model) or ENCODER_STATES not in inspect.signature(model.forward).parameters:
+        return
+    config: Any = model.config
+    if get(config, "is_encoder_decoder") or not (get(config, "is_decoder") or get(config, "add_cross_attention")):
+        return
+    width = first((config,), "cross_attention_hidden_size", "hidden_size")
+    if width:
+        yield {ENCODER_STATES: torch.zeros(BATCH, FRAMES, width, dtype=dtype_of(model))}
+
+
 def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:
     """The argument, and those that go with it."""
     config = model.config
@@ -132,8 +145,8 @@ def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:
 
 def _spectrogram(model: Any) -> tuple[int, ...]:
     config = model.config
-    first = _first_leaf(model)
-    wide = first.in_features if isinstance(first, nn.Linear) else get(config, "feature_projection_input_dim")
+    leaf = _first_leaf(model)
+    wide = leaf.in_features if isinstance(leaf, nn.Linear) else get(config, "feature_projection_input_dim")
     if wide:  # frames, several of them stacked
         return BATCH, FRAMES, int(wide)
     mels = find(config, "input_feat_per_channel", "num_mel_bins") or 80

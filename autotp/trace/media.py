@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +51,20 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
     if not is_transformers(model) or model.main_input_name != "input_ids":
         return
     takes = inspect.signature(model.forward).parameters
+    if all(_token(model, medium) is None for medium in _MEDIA) and "pixel_values" in takes:
+        for given in _images(model):  # which the text is put behind
+            yield {k: v for k, v in given.items() if k in takes}
     for medium in _MEDIA:
         token = _token(model, medium)
-        if token is None or medium.argument not in takes or not hasattr(model, medium.getter):
+        holder, getter = _holder(model, medium)
+        if token is None or medium.argument not in takes or holder is None:
             continue
-        getter = inspect.signature(getattr(model, medium.getter)).parameters
         makes = _images if medium.argument == "pixel_values" else _sounds
         for given in makes(model):
             known = {k: v for k, v in given.items() if k in takes}
             if "image_grid_thw" in given.keys() - known.keys():
                 continue
-            count = _rows(model, medium, {k: v for k, v in known.items() if k in getter or _open(getter)})
+            count = _rows(model, holder, medium, {k: v for k, v in given.items() if k in getter})
             if count and count % BATCH == 0:
                 ids = _with_placeholders(model, token, count // BATCH)
                 types = {name: (ids == token).long() for name in _TYPES if name in takes}
@@ -76,8 +79,14 @@ def _token(model: Any, medium: _Medium) -> int | None:
     return next((t for t in found if isinstance(t, int) and 0 <= t < vocabulary(model)), None)
 
 
-def _open(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return "args" in parameters
+def _holder(model: Any, medium: _Medium) -> tuple[str | None, Collection[str]]:
+    """The module that has the getter, and the arguments of it: the outermost that does not only pass them on."""
+    for fqn, module in model.named_modules():
+        if hasattr(module, medium.getter):
+            takes = inspect.signature(getattr(module, medium.getter)).parameters
+            if "args" not in takes:
+                return fqn, takes
+    return None, ()
 
 
 def _with_placeholders(model: Any, token: int, count: int) -> torch.Tensor:
@@ -86,7 +95,7 @@ def _with_placeholders(model: Any, token: int, count: int) -> torch.Tensor:
     return torch.cat([text[:, :_LEADING], torch.full((BATCH, count), token), text[:, _LEADING:]], 1)
 
 
-def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
+def _rows(model: Any, holder: str, medium: _Medium, given: Inputs) -> int:
     """How many features there are; 0 where the model does not take what is given.
 
     Those that are ready for the text's embeddings come as ``pooler_output``, beside the tower's own.
@@ -94,7 +103,7 @@ def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
     try:
         traced = trace(
             skeleton(model), (), given, medium.getter, training=False,
-            run=lambda m, **kwargs: getattr(m, medium.getter)(**kwargs),
+            run=lambda m, **kwargs: getattr(m.get_submodule(holder), medium.getter)(**kwargs),
         )  # fmt: skip
     except TraceError:
         return 0
@@ -110,7 +119,7 @@ def _rows(model: Any, medium: _Medium, given: Inputs) -> int:
 def _images(model: Any) -> Iterator[Inputs]:
     """The shapes of `pixel_values`, with what else tells their sizes; the most common first."""
     dtype = dtype_of(model)
-    vision = (get(model.config, "vision_config") or model.config,)
+    vision = (first((model.config, get(model.config, "encoder")), "vision_config") or model.config,)
     channels = first(vision, "num_channels", "in_channels", "in_chans") or 3
     size = first(vision, "image_size", "img_size") or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
@@ -160,4 +169,5 @@ def _sounds(model: Any) -> Iterator[Inputs]:
                 "input_features": torch.zeros(shape, dtype=dtype),
                 "input_features_mask": mask,
                 "feature_attention_mask": mask,
+                "padding_mask": mask,
             }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._functorch.autograd_function import custom_function_call
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -106,6 +107,8 @@ class Recorder(TorchFunctionMode):
         """The call; where its result's shape depends on values, by those that are known."""
         if func in _READS:
             return func(*args, **kwargs)
+        if func is custom_function_call and args[0].generate_vmap_rule:  # which has no rule for being traced
+            return args[0].forward(*args[1:], **kwargs)
         if func in _INDEXES:
             args = (args[0], self._plain_index(args[1], frame), *args[2:])
         try:
@@ -244,7 +247,7 @@ class Recorder(TorchFunctionMode):
         return size
 
     def _known_value(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        node = node_of(tensor, self.tracer)
+        node = None if _transformed() else node_of(tensor, self.tracer)
         if node is None:
             return None
         with _disable_current_modes():
@@ -314,3 +317,8 @@ def _call_module(
 
 
 _CALL_MODULE_CODE = _call_module.__code__
+
+
+def _transformed() -> bool:
+    """Whether the code that runs is that of a `vmap`, say: a tensor there is one of many rows."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -8,6 +8,7 @@ graph.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType
@@ -25,9 +26,11 @@ from autotp.trace.graph import Trace
 from autotp.trace.inputs import (
     BATCH,
     DECODER_SEQ,
+    ENCODER_STATES,
     SEQ,
     Arguments,
     as_arguments,
+    encoder_states,
     example_inputs,
     token_ids,
 )
@@ -55,6 +58,8 @@ def scenarios(
     `example_inputs`."""
     args, kwargs = _found_inputs(model) if given is None else as_arguments(given)
     found = [Scenario("forward", args, kwargs)]
+    if given is None and (alone := {k: v for k, v in kwargs.items() if k != ENCODER_STATES}).keys() < kwargs.keys():
+        found.append(Scenario("alone", args, alone))
     if trains_differently(model):
         found.append(Scenario("train", args, kwargs, training=True))
     decoding = _decode(model)
@@ -64,15 +69,15 @@ def scenarios(
 
 
 def _found_inputs(model: nn.Module) -> Arguments:
-    """With images or sounds, where the model takes them beside text and can be traced so."""
+    """With images or sounds, or an encoder's states, where the model takes them beside text and can be traced so."""
     args, kwargs = example_inputs(model)
-    for media in media_inputs(model):
-        with_media = {**kwargs, **media}
+    for more in itertools.chain(media_inputs(model), encoder_states(model)):
+        with_more = {**kwargs, **more}
         try:
-            trace_model(model, [Scenario("forward", args, with_media)])
+            trace_model(model, [Scenario("forward", args, with_more)])
         except TraceError:
             continue
-        return args, with_media
+        return args, with_more
     return args, kwargs
 
 

@@ -30,6 +30,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,10 @@ from rich.table import Table
 
 from .compare import Result, compare, examine, shard
 from .configs import TASKS, architectures
+from .peers import PEERS, compare_peer
 
 KINDS = ("exact", "partial", "refused", "wrong", "crash", "unbuildable")
+US = "autotp"
 GENERATIVE = ("causal-lm", "seq2seq")
 
 
@@ -66,14 +70,18 @@ def quietly(out: Connection, name: str, cls: Any, work: Callable[[], Result]) ->
     os._exit(0)
 
 
-def model_main(name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, folder: str) -> Result:
+def model_main(who: str, name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, folder: str) -> Result:
     """One model: planned once, then compared by a process for each rank."""
-    subject = examine(name, cls, tp, options)
+    subject = examine(name, cls, tp, options, plan=who == US)
     if isinstance(subject, Result):
         return subject
+    if who == "hf":
+        subject.reference.save_pretrained(f"{folder}/model")  # type: ignore[operator]
 
     def rank_main(rank: int) -> Result:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", tp), rank=rank, world_size=tp)
+        if who != US:
+            return compare_peer(who, name, subject, f"{folder}/model", rank, tp, tokens)
         return compare(name, shard(subject), subject.reference, subject.inputs, tokens)
 
     pipes = {}
@@ -114,15 +122,17 @@ def receive(pipe: Connection, name: str, cls: Any) -> Result:
 class Job:
     """A process for one model, in a process group of its own with those of its ranks."""
 
-    def __init__(self, name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, limit: float) -> None:
-        self.name, self.cls = name, cls
+    def __init__(
+        self, who: str, name: str, cls: Any, tp: int, options: dict[str, Any], tokens: bool, limit: float
+    ) -> None:
+        self.who, self.name, self.cls = who, name, cls
         self.started = time.monotonic()
         self.limit = limit
         self.folder = tempfile.mkdtemp(prefix="zoo-")
 
         def work() -> Result:
             os.setpgid(0, 0)
-            return model_main(name, cls, tp, options, tokens, self.folder)
+            return model_main(who, name, cls, tp, options, tokens, self.folder)
 
         self.pipe, self.process = fork(name, cls, work)
 
@@ -147,21 +157,23 @@ def badness(kind: str) -> int:
 
 
 def sweep(
-    models: list[tuple[str, str, Any]], tp: int, options: dict[str, Any], jobs: int, limit: float, console: Console
-) -> list[tuple[str, Result]]:
+    models: list[tuple[str, str, str, Any]], tp: int, options: dict[str, Any], jobs: int, limit: float,
+    console: Console,
+) -> list[tuple[str, str, Result]]:  # fmt: skip
+    """(task, who shards, what came of it), of models as (task, who, name, class)."""
     waiting, running, found = list(models), [], []
     while waiting or running:
         while waiting and len(running) < jobs:
-            task, name, cls = waiting.pop(0)
-            running.append((task, Job(name, cls, tp, options, task in GENERATIVE, limit)))
+            task, who, name, cls = waiting.pop(0)
+            running.append((task, Job(who, name, cls, tp, options, task in GENERATIVE, limit)))
         ready = wait([job.pipe for _, job in running], timeout=1.0)
         for task, job in list(running):
             if job.pipe in ready or job.late():
                 running.remove((task, job))
                 result = job.close()
-                found.append((task, result))
+                found.append((task, job.who, result))
                 console.print(
-                    f"{task} {result.name} [bold]{result.kind}[/] {result.weights:.1%} {result.error:.0e} "
+                    f"{task} {job.who} {result.name} [bold]{result.kind}[/] {result.weights:.1%} {result.error:.0e} "
                     f"{result.seconds:.0f} s {result.reason[:300] if result.kind != 'exact' else ''}",
                     highlight=False, soft_wrap=True,
                 )  # fmt: skip
@@ -174,12 +186,13 @@ def sweep(
 @click.option("--heads", type=int, help="Attention heads of each model.")
 @click.option("--kv-heads", type=int, help="Key and value heads of models that have fewer of them.")
 @click.option("--only", multiple=True, help="Glob pattern of model types; may be repeated.")
+@click.option("--peer", "peers", multiple=True, type=click.Choice(PEERS), help="These in autotp's stead.")
 @click.option("--jobs", default=2, show_default=True, help="Models at a time.")
 @click.option("--limit", default=240.0, show_default=True, help="Seconds for one model.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
 def main(
-    task: str, tp: int, heads: int | None, kv_heads: int | None, only: tuple[str, ...], jobs: int, limit: float,
-    out: Path | None,
+    task: str, tp: int, heads: int | None, kv_heads: int | None, only: tuple[str, ...], peers: tuple[str, ...],
+    jobs: int, limit: float, out: Path | None,
 ) -> None:  # fmt: skip
     transformers.logging.set_verbosity_error()
     options: dict[str, Any] = {}
@@ -189,24 +202,25 @@ def main(
         options["num_key_value_heads"] = kv_heads
     tasks = list(TASKS) if task == "all" else [task]
     models = [
-        (t, name, cls)
+        (t, who, name, cls)
         for t in tasks
+        for who in peers or (US,)
         for name, cls in architectures(t)
         if not only or any(fnmatch(name, pattern) for pattern in only)
     ]
     found = sweep(models, tp, options, jobs, limit, Console(stderr=True))
     console = Console()
-    table = Table("task", *KINDS, "exact of those that run")
-    for t in tasks:
-        count = Counter(result.kind for its, result in found if its == t)
+    table = Table("task", "by", *KINDS, "exact of those that run")
+    for t, who in dict.fromkeys((t, who) for t, who, _ in found):
+        count = Counter(result.kind for *its, result in found if its == [t, who])
         ran = sum(count.values()) - count["unbuildable"]
-        table.add_row(t, *(str(count[kind]) for kind in KINDS), f"{count['exact'] / max(1, ran):.1%}")
+        table.add_row(t, who, *(str(count[kind]) for kind in KINDS), f"{count['exact'] / max(1, ran):.1%}")
     console.print(table)
     if out is not None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        results = [{"task": t, **asdict(result)} for t, result in found]
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed") if find_spec(name)}
+        results = [{"task": t, "by": who, **asdict(result)} for t, who, result in found]
         out.write_text(json.dumps({"tp": tp, "versions": versions, "results": results}, indent=1))
-    sys.exit(any(result.kind in ("wrong", "crash") for _, result in found))
+    sys.exit(any(result.kind in ("wrong", "crash") for _, who, result in found if who == US))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,11 +53,11 @@ class Subject:
 
     reference: nn.Module
     inputs: Mapping[str, Any]
-    prepared: Prepared
+    prepared: Prepared | None = None
 
 
-def examine(name: str, cls: Any, tp: int, options: Mapping[str, Any]) -> Result | Subject:
-    """The model and its plan, proven for all ranks; or why there is none."""
+def examine(name: str, cls: Any, tp: int, options: Mapping[str, Any], plan: bool = True) -> Result | Subject:
+    """The model and its plan, proven for all ranks; or why there is none. Without ``plan``, the model alone."""
     result = Result(name, cls.__name__)
     warnings.filterwarnings("ignore")
     try:
@@ -66,7 +66,7 @@ def examine(name: str, cls: Any, tp: int, options: Mapping[str, Any]) -> Result 
         result.kind, result.reason = "unbuildable", _line(error)
         return result
     try:
-        return Subject(reference, inputs, prepare(reference, tp))
+        return Subject(reference, inputs, prepare(reference, tp) if plan else None)
     except AutoTPError as error:
         result.kind, result.reason = "refused", f"{type(error).__name__}: {error}"
         return result
@@ -74,6 +74,7 @@ def examine(name: str, cls: Any, tp: int, options: Mapping[str, Any]) -> Result 
 
 def shard(subject: Subject) -> nn.Module:
     """The model on this rank, as planned."""
+    assert subject.prepared is not None
     return carry_out(copy.deepcopy(subject.reference), default_mesh(None), subject.prepared)
 
 
@@ -85,7 +86,13 @@ def compare(
     sharding = sharding_of(model)
     assert sharding is not None
     result.share, result.weights, result.whole = sharded_share(reference, sharding.plan)
-    result.error, problem = difference(model, reference, inputs)
+
+    def aligned(name: str, mine: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        dims = sharding.dims.get(name)
+        rank = sharding.rank
+        return mine, whole if dims is None else slice_tensor(whole, dims, rank.partition, rank.rank)
+
+    result.error, problem = difference(model, reference, inputs, aligned)
     if not problem and tokens and reference.can_generate():  # type: ignore[operator]
         problem = other_tokens(model, reference, inputs)
     if problem:
@@ -103,12 +110,7 @@ def sharded_share(model: nn.Module, plan: autotp.Plan) -> tuple[float, float, di
     """(share of all bytes that no rank holds whole, that of linear, embedding and expert weights, those of them that
     all hold whole): every parameter of two and more dims, but for the kernels of convolutions.
     """
-    kernels = {
-        _LAYER.sub("*", f"{name}.{own}")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd) and max(module.kernel_size) > 1
-        for own, _ in module.named_parameters()  # of a weight norm, too
-    }
+    kernels = {_LAYER.sub("*", name) for name in _kernels(model)}
     total = sharded = 0
     whole: dict[str, tuple[int, str]] = {}
     for entry in plan.entries:
@@ -124,8 +126,31 @@ def sharded_share(model: nn.Module, plan: autotp.Plan) -> tuple[float, float, di
     return everything, sharded / total if total else everything, {name: note for name, (_, note) in largest}
 
 
-def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, str]:
-    """(largest relative difference, what is wrong) of outputs, gradients of inputs and of all parameters."""
+def _kernels(model: nn.Module) -> set[str]:
+    """Those of convolutions over more than one place."""
+    return {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and max(module.kernel_size) > 1
+        for own, _ in module.named_parameters()  # of a weight norm, too
+    }
+
+
+def large_weights(model: nn.Module) -> set[str]:
+    """The linear, embedding and expert weights."""
+    return {name for name, p in model.named_parameters() if p.ndim > 1} - _kernels(model)
+
+
+Aligned = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def difference(
+    model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any], aligned: Aligned, gradients: bool = True
+) -> tuple[float, str]:
+    """(largest relative difference, what is wrong) of outputs, gradients of inputs and of all parameters.
+
+    ``aligned`` takes a parameter's name and its gradients, the rank's own and the whole one, to two that have to agree.
+    """
     worst = 0.0
     outputs, theirs = [], []
     given: list[dict[str, Any]] = []
@@ -141,38 +166,26 @@ def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]
     if len(outputs) != len(theirs):
         return math.inf, f"{len(outputs)} outputs, not {len(theirs)}"
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(outputs, theirs, strict=True))]
-    for found in (outputs, theirs):
-        total = torch.zeros((), dtype=torch.float64)
-        for i, t in enumerate(found):
-            if t.requires_grad and t.is_floating_point():
-                weights = torch.randn(
-                    t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64
-                )
-                total = total + (t.double() * weights).sum()
-        if total.requires_grad:
-            total.backward()
+    if gradients:
+        try:
+            backward(theirs)
+        except Exception:  # what cannot go backwards unsharded, in eval mode, is compared forwards
+            reference.zero_grad()
+        else:
+            backward(outputs)
     pairs += [
         (f"gradient of {k}", given[0][k].grad, v.grad)
         for k, v in given[1].items()
         if isinstance(v, Tensor) and v.grad is not None
     ]
-    sharding = sharding_of(model)
-    assert sharding is not None
-
-    def local(name: str, whole: Tensor) -> Tensor:
-        dims = sharding.dims.get(name)
-        return (
-            whole if dims is None else slice_tensor(whole, dims, sharding.rank.partition, sharding.rank.rank)
-        )
-
     grads = {k: p.grad for k, p in model.named_parameters()}
     whole = {k: p.grad for k, p in reference.named_parameters()}
     for name, grad in whole.items():
-        mine = grads[name]
+        mine = grads.get(name)
         if (mine is None) != (grad is None):
             return math.inf, f"gradient of {name}: one has none"
         if grad is not None and mine is not None:
-            pairs.append((f"gradient of {name}", mine, local(name, grad)))
+            pairs.append((f"gradient of {name}", *aligned(name, mine, grad)))
     floor = NOISE * max((float(g.abs().max()) for g in whole.values() if g is not None and g.numel()), default=0.0)
     for what, a, b in pairs:
         if a is None or a.shape != b.shape:
@@ -193,6 +206,17 @@ def difference(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any]
             if not error <= RTOL:
                 return error, f"{what}: off by {error:.1e} of its largest element {scale:.1e}"
     return worst, ""
+
+
+def backward(outputs: list[Tensor]) -> None:
+    """From a sum of all outputs' elements, each by a weight of its own."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, t in enumerate(outputs):
+        if t.requires_grad and t.is_floating_point():
+            weights = torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            total = total + (t.double() * weights).sum()
+    if total.requires_grad:
+        total.backward()
 
 
 def other_tokens(model: Any, reference: Any, inputs: Mapping[str, Any]) -> str:

@@ -101,7 +101,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
     "xlnet": {"max_position_embeddings": None},
     "ctrl": {"dff": 96},
+    "voxtral": {"audio_token_id": 9},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "granite_speech": {"projector_config.encoder_hidden_size": 64},
+    "granite_speech_plus": {"projector_config.encoder_hidden_size": 64},
+    "hy_v4": {"n_routed_experts": 12},  # of the real one's 256; so that they are most of it
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "cohere_compass_text": {
         "rope_parameters": {

@@ -144,6 +144,34 @@ class SharedRotaryKey(nn.Module):
         return self.o((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2))
 
 
+class Separable(nn.Module):
+    """A depthwise convolution, whose channels are sharded as they come, and a pointwise one, which makes new ones."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.pointwise(self.depthwise(x)))
+
+
+class SeparableChain(nn.Module):
+    """Alike blocks without a residual stream: the first gets other channels than the second, which gets whole ones."""
+
+    def __init__(self, channels: int = 14) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3)
+        self.blocks = nn.Sequential(*(Separable(channels) for _ in range(7)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+def images() -> Tensor:
+    return torch.randn(BATCH, 3, 6, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
 def ids() -> Tensor:
     return torch.randint(0, 158, (BATCH, SEQ), generator=torch.Generator().manual_seed(5))
 
@@ -162,6 +190,7 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
         NormOfAllHeads, lambda: floats(20), "q.weight k.weight v.weight o.weight q_norm.weight k_norm.weight",
     ),
     "shared rotary key": (SharedRotaryKey, lambda: floats(14), "q.weight v.weight o.weight phase"),
+    "separable chain": (SeparableChain, images, "stem.weight"),
     "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip
