@@ -51,7 +51,7 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
     if not is_transformers(model) or model.main_input_name != "input_ids":
         return
     takes = inspect.signature(model.forward).parameters
-    if all(_token(model, medium) is None for medium in _MEDIA) and "pixel_values" in takes:
+    if all(_names(model, medium) == [] for medium in _MEDIA) and "pixel_values" in takes:
         for given in _images(model):  # which the text is put behind
             yield {k: v for k, v in given.items() if k in takes}
     for medium in _MEDIA:
@@ -74,8 +74,12 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
                     yield {"input_ids": ids, **types, **known, "position_ids": rows}
 
 
+def _names(model: Any, medium: _Medium) -> list[str]:
+    return [name for name in medium.tokens if get(model.config, name) is not None]
+
+
 def _token(model: Any, medium: _Medium) -> int | None:
-    found = (get(model.config, name) for name in medium.tokens)
+    found = (get(model.config, name) for name in _names(model, medium))
     return next((t for t in found if isinstance(t, int) and 0 <= t < vocabulary(model)), None)
 
 

@@ -128,7 +128,16 @@ class Recorder(TorchFunctionMode):
                 return map_tensors(real, lambda value: self._literal(value, given))
             if func in _REPEATS and (picked := self._repeated(known, *args, **kwargs)) is not None:
                 return picked
-            raise
+            sizes: dict[int, Any] = {id(t): int(v) for t in tensors if (v := self._size(t, frame)) is not None}
+            if not sizes:
+                raise
+            plain_args, plain_kwargs = map_tensors((args, kwargs), lambda t: sizes.get(id(t), t))
+            return func(*plain_args, **plain_kwargs)
+
+    def _size(self, tensor: torch.Tensor, frame: FrameType) -> torch.Tensor | None:
+        """A whole number that was given as a tensor, in the place of a size."""
+        whole = not tensor.dim() and not tensor.is_floating_point() and tensor.dtype != torch.bool
+        return self._readable(torch.Tensor.__index__, tensor, frame) if whole else None
 
     def _repeated(
         self,
