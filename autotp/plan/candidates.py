@@ -124,7 +124,7 @@ def axis_keys(analysis: Analysis) -> dict[Atom, str]:
 def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
     """Every axis, and every nested pair of axes, of the model's parameters that ``tp`` ranks can share."""
     keys, units = axis_keys(analysis), analysis.units()
-    frozen = analysis.frozen | _gathered_weights(analysis)
+    frozen = analysis.frozen | _gathered_weights(analysis) | _cut_away(analysis)
     found: dict[tuple[Atom, ...], Candidate] = {}
     for fqn, node in analysis.trace.params.items():
         if fqn in analysis.trace.is_buffer:
@@ -148,6 +148,30 @@ def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
                     (outer, inner), Candidate((outer, inner), nested, f"{keys[outer]} {keys[inner]}")
                 )
     return tuple(found.values())
+
+
+def _cut_away(analysis: Analysis) -> frozenset[Atom]:
+    """The parts of concatenations that no op takes by themselves: the rows of a position table beyond the traced
+    length. With a longer input they are used, by ops that nobody saw."""
+    params = set(analysis.trace.params.values())
+    used = {
+        factor
+        for node, outputs in analysis.dims.items()
+        if node not in params
+        for dims in outputs
+        for dim in dims
+        for factor in dim
+        if isinstance(factor, Atom)
+    }
+    joined = {
+        atom
+        for node in params
+        for dim in analysis.dims[node][0]
+        for factor in dim
+        if isinstance(factor, Cat)
+        for atom in atoms_of([(factor,)])
+    }
+    return frozenset(joined - used)
 
 
 def _gathered_weights(analysis: Analysis) -> frozenset[Atom]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.stateless import _reparametrize_module
 
 from autotp.errors import TraceError
@@ -142,6 +143,7 @@ class _Work:
         finally:
             self.failed_in = recorder.failed_in if recorder is not None else None
         assert recorder is not None
+        _refuse_lost(gm, self.scenario)
         if not outputs:
             raise TraceError(
                 f"scenario {self.scenario!r} returns no tensor that depends on parameters or inputs"
@@ -155,6 +157,20 @@ class _Work:
     def _input_leaves(self) -> Iterator[tuple[Path, torch.Tensor]]:
         yield from tensor_leaves(self.args, ("args",))
         yield from tensor_leaves(self.kwargs, ("kwargs",))
+
+
+def _refuse_lost(gm: fx.GraphModule, scenario: str) -> None:
+    """What a transformed function (a `vmap`) computes may come out as a constant of unknown value: of a mask that is
+    as good as its ops, but of numbers the way back to the weights that they depend on would be lost."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if isinstance(value, FakeTensor) and (value.is_floating_point() or value.is_complex()):
+            users = ", ".join(str(user.meta.get("call", user.name)) for user in node.users)
+            raise TraceError(
+                f"cannot trace scenario {scenario!r}: {users} takes floating-point numbers that a transformed "
+                "function computed (torch.vmap, torch.func), which a trace does not see into. Compute them with plain "
+                "broadcasting; masks of integers or booleans may be transformed."
+            )
 
 
 @dataclass(frozen=True)

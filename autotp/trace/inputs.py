@@ -18,7 +18,7 @@ from autotp.trace.library import is_transformers
 
 BATCH, SEQ, DECODER_SEQ = 2, 7, 5
 FRAMES, FRAMES_OF_VIDEO = 29, 2
-ENCODER_STATES = "encoder_hidden_states"
+ENCODER_STATES = ("encoder_hidden_states", "encoder_outputs")
 PATCHES = (3, 5)  # rows and columns of an image that comes in patches
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -90,16 +90,20 @@ def takes_cache_switch(model: nn.Module) -> bool:
     return "use_cache" in takes or (passes_on and "past_key_values" in takes)
 
 
-def encoder_states(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def encoder_states(model: nn.Module) -> Iterator[dict[str, Any]]:
     """What the cross-attention of a decoder by itself looks at, where it may have one; nothing for other models."""
-    if not is_transformers(model) or ENCODER_STATES not in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters if is_transformers(model) else ()
+    name = next((name for name in ENCODER_STATES if name in takes), None)
+    if name is None:
         return
     config: Any = model.config
-    if get(config, "is_encoder_decoder") or not (get(config, "is_decoder") or get(config, "add_cross_attention")):
+    looks = name == "encoder_outputs" or get(config, "is_decoder") or get(config, "add_cross_attention")
+    if get(config, "is_encoder_decoder") or not looks:
         return
     width = first((config,), "cross_attention_hidden_size", "hidden_size")
     if width:
-        yield {ENCODER_STATES: torch.zeros(BATCH, FRAMES, width, dtype=dtype_of(model))}
+        states = torch.zeros(BATCH, FRAMES, width, dtype=dtype_of(model))
+        yield {name: (states,) if name == "encoder_outputs" else states}
 
 
 def _library_input(model: Any, name: str) -> dict[str, torch.Tensor]:

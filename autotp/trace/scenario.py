@@ -58,7 +58,7 @@ def scenarios(
     `example_inputs`."""
     args, kwargs = _found_inputs(model) if given is None else as_arguments(given)
     found = [Scenario("forward", args, kwargs)]
-    if given is None and (alone := {k: v for k, v in kwargs.items() if k != ENCODER_STATES}).keys() < kwargs.keys():
+    if given is None and (alone := {k: v for k, v in kwargs.items() if k not in ENCODER_STATES}).keys() < kwargs.keys():
         found.append(Scenario("alone", args, alone))
     if trains_differently(model):
         found.append(Scenario("train", args, kwargs, training=True))

@@ -109,7 +109,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "granite_speech": {"projector_config.encoder_hidden_size": 64},
     "granite_speech_plus": {"projector_config.encoder_hidden_size": 64},
-    "hy_v4": {"n_routed_experts": 12},  # of the real one's 256; so that they are most of it
+    "hy_v4": {"n_routed_experts": 12, "num_local_experts": 12},  # of the real one's 256; so that they are most of it
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "cohere_compass_text": {
         "rope_parameters": {

@@ -27,6 +27,7 @@ SUBSET: dict[str, dict[str, str]] = {
         "gemma3_text": "sliding windows, norms before and after",
         "gptj": "parallel residual",
         "granitemoe": "stacked experts behind a router",
+        "trocr": "a decoder by itself, with states to look at",
         "xlm": "in-place masks, sizes read from the inputs",
     },
     "masked-lm": {

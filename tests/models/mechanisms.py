@@ -144,6 +144,52 @@ class SharedRotaryKey(nn.Module):
         return self.o((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2))
 
 
+class Dropped(nn.Module):
+    """The sum of two tables, dropped from: in train mode the sum over ranks has to come before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Embedding(222, width)
+        self.second = nn.Embedding(158, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.dropout(self.first(ids) + self.second(ids % 13))
+
+
+class DroppedEmbeddings(nn.Module):
+    """XLM-RoBERTa-XL: no norm between embeddings and their dropout."""
+
+    def __init__(self, width: int = 14) -> None:
+        super().__init__()
+        self.embeddings = Dropped(width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 38)
+        self.down = nn.Linear(38, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class PositionTable(nn.Module):
+    """A table of positions as a parameter, cut to the length of the input behind a token of its own."""
+
+    def __init__(self, width: int = 14) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(158, width)
+        self.first = nn.Parameter(torch.rand(1, 1, width))
+        self.places = nn.Parameter(torch.rand(1, 64, width))
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 38)
+        self.down = nn.Linear(38, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(len(ids), -1, -1), self.tokens(ids)], 1)
+        x = self.norm(x + self.places[:, : x.shape[1]])
+        return x + self.down(F.gelu(self.up(x)))
+
+
 class Separable(nn.Module):
     """A depthwise convolution, whose channels are sharded as they come, and a pointwise one, which makes new ones."""
 
@@ -190,6 +236,7 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
         NormOfAllHeads, lambda: floats(20), "q.weight k.weight v.weight o.weight q_norm.weight k_norm.weight",
     ),
     "shared rotary key": (SharedRotaryKey, lambda: floats(14), "q.weight v.weight o.weight phase"),
+    "dropped embeddings": (DroppedEmbeddings, ids, "embeddings.first.weight embeddings.second.weight up.weight"),
     "separable chain": (SeparableChain, images, "stem.weight"),
     "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from autotp.errors import TraceError
 from autotp.trace.attributes import int_attributes
@@ -91,6 +92,7 @@ class Sized(nn.Module):
         if self.how == "float" and (lengths.double() / 2).sum().item() > 1:
             x = x + 1
         first, *_ = x.split(lengths.tolist())
+        first = first.reshape(lengths[0], -1)
         return self.linear(torch.cat([first[: lengths[0]], x[:2].repeat_interleave(lengths, 0)]))
 
 
@@ -106,3 +108,31 @@ def test_sizes_that_the_inputs_give_are_read() -> None:
 def test_no_branch_on_what_the_inputs_give(how: str) -> None:
     with pytest.raises(TraceError, match="depends on values"):
         trace(skeleton(Sized(how)), (torch.zeros(5, 4), torch.tensor([2, 3])))
+
+
+class Blocks(nn.Module):
+    """A mask from a function of two places, vmapped, as transformers makes those of images in a text; or a bias."""
+
+    def __init__(self, learnt: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.slope = nn.Parameter(torch.rand(5)) if learnt else None
+
+    def forward(self, x: Tensor, blocks: Tensor) -> Tensor:
+        def same(q: Tensor, k: Tensor) -> Tensor:
+            mask = (blocks[q] == blocks[k]) | (q >= k)
+            return mask if self.slope is None else mask * self.slope[q]
+
+        places = torch.arange(x.shape[0])
+        with TransformGetItemToIndex():
+            mask = torch.vmap(torch.vmap(same, (None, 0)), (0, None))(places, places)
+        return self.linear(x) * mask.double().mean(1, keepdim=True) + x[blocks == 1].sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch hides by itself
+def test_masks_of_vmapped_functions() -> None:
+    args = (torch.zeros(5, 4), torch.tensor([0, 1, 1, 2, 3]))
+    found = trace(skeleton(Blocks(learnt=False)), args)
+    assert found.outputs[0].node.meta["val"].shape == (5, 4)
+    with pytest.raises(TraceError, match="a transformed function computed"):
+        trace(skeleton(Blocks(learnt=True)), args)

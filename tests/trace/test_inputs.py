@@ -321,3 +321,14 @@ def test_several_kinds_of_inputs() -> None:
             "1.inputs": (2, 80),
             "1.decoder_input_ids": (2, 5),
         }
+
+
+def test_a_decoder_by_itself_is_traced_with_states_to_look_at_and_without() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "d_model": 8, "decoder_ffn_dim": 12, "vocab_size": 31}
+    with torch.device("meta"):
+        model = transformers.BartForCausalLM(transformers.BartConfig(**sizes))
+    first, *others = scenarios(model)
+    assert first.kwargs["encoder_hidden_states"].shape[-1] == 8
+    alone = next(scenario for scenario in others if scenario.name == "alone")
+    assert alone.kwargs.keys() == first.kwargs.keys() - {"encoder_hidden_states"}
