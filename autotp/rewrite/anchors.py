@@ -134,10 +134,10 @@ class Anchors:
     def _dropped_in(self, node: fx.Node, around: ModuleCall) -> bool:
         """Whether a dropout inside that call lets the value through: in train mode another one comes out."""
         return any(
-            around.first <= call.first and call.last <= around.last and call is not around
+            call.fqn.startswith(f"{around.fqn}." if around.fqn else "")
             and isinstance(self.modules[call.fqn], nn.modules.dropout._DropoutNd)
             for call, _ in self.inputs[node]
-        )  # fmt: skip
+        )
 
     def _plain_first(self, calls: list[tuple[ModuleCall, Path]]) -> list[tuple[ModuleCall, Path]]:
         """Hooks on a module that its parent calls several times act in each call: only where nothing else will."""

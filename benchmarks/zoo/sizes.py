@@ -88,8 +88,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": KV_HEADS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32},
+    "albert": {"embedding_size": 16},  # far narrower than the layers, as it is
+    "zamba": {
+        "attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32, "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
+    },
+    "zamba2": {
+        "attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32, "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
+    },
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48)},
     "reformer:ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds_dim": (16, 48)},
