@@ -345,6 +345,11 @@ class _Compiler:
             return
         self._wrap(node, None, steps)
 
+    def _is_closed(self, user: fx.Node) -> bool:
+        """Whether the op's expression cannot be patched."""
+        call = self.anchors.site_of(user)
+        return call is None or (call.module, call.frames) in self.anchors.barred
+
     def _is_barred(self, node: fx.Node) -> bool:
         return any(
             Boundary(call.fqn, "out", path) in self.anchors.barred
@@ -379,8 +384,12 @@ class _Compiler:
             for target in targets:  # a leaf takes its steps once, however many of its arguments the value is
                 target.setdefault(self._call_index(boundaries[0].fqn, users[0]), []).extend(steps)
             return
+        entered = any(isinstance(step, Enter) for step in steps)
+        if len(edges) == len(self.uses[node]) and not entered and any(map(self._is_closed, users)):
+            self._place_after(node, steps)  # where it is made, the same
+            return
         share = None
-        if len(edges) > 1 and any(isinstance(step, Enter) for step in steps):
+        if len(edges) > 1 and entered:
             share = self.shares = self.shares + 1
         for edge in edges:
             leaf = self.anchors.leaf_of(edge.consumer)
