@@ -338,7 +338,7 @@ class _Compiler:
                 else:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
-        elsewhere = self.anchors.site_of(node) is None or self._is_barred(node)
+        elsewhere = self._is_closed(node) or self._is_barred(node)
         if elsewhere and all(isinstance(step, Enter) for step in steps):
             edges = [e for e in self.uses[node] if has_gradient(e.consumer)]
             self._place_before(node, edges, steps)  # where it is used, the same
