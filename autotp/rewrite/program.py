@@ -15,7 +15,7 @@ from ..axes.term import Atom, Dim
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Edge, has_gradient, is_disjoint
+from ..plan.reductions import Edge, differentiable, has_gradient, is_disjoint
 from ..trace.graph import Call, Path, Site
 from .anchors import Anchors, Boundary, LeafKind
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
@@ -458,11 +458,24 @@ class _Compiler:
 
     def _finish(self, slices: dict[str, tuple[Dim, ...]], sync: dict[str, tuple[Dim, ...]]) -> Program:
         calls: dict[str, set[int]] = defaultdict(set)
+        constant: dict[tuple[str, str, Path], set[int]] = defaultdict(set)  # the calls where it has no gradient
+        with_gradient = differentiable(self.trace)
         for call in self.trace.calls:
             calls[call.fqn].add(call.index)
+            for side, its_ports in (("in", call.inputs), ("out", call.outputs)):
+                for port in its_ports:
+                    if port.node not in with_gradient:
+                        constant[call.fqn, side, port.path].add(call.index)
 
-        def agree(at: Boundary, by_call: dict[int, list[Step]], barrable: bool = True) -> tuple[Step, ...]:
+        def agree(
+            at: Boundary, by_call: dict[int, list[Step]], ports: Iterable[Path] = (), barrable: bool = True
+        ) -> tuple[Step, ...]:
             variants = {tuple(by_call.get(index, ())) for index in calls[at.fqn] or {0}}
+            if len(variants) > 1:  # a sum of gradients does nothing to a value that has none
+                free = set.intersection(*(constant[at.fqn, at.side, path] for path in ports or [at.path]))
+                needed = {tuple(by_call.get(index, ())) for index in calls[at.fqn] - free}
+                if len(needed) == 1 and all(isinstance(step, Enter) for step in next(iter(needed))):
+                    variants = needed | (variants - {()})
             if len(variants) > 1:
                 where = "argument" if at.side == "in" else "result"
                 raise RewriteError(
@@ -483,12 +496,12 @@ class _Compiler:
         }
         leaves: list[Leaf] = []
         for fqn in sorted(leaf_names):
-            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], barrable=False)
+            ports = frozenset(self.draft.leaf_ports[fqn])
+            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], ports, barrable=False)
             after = agree(Boundary(fqn, "out", ()), self.draft.leaf_after[fqn], barrable=False)
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
-            ports = frozenset(self.draft.leaf_ports[fqn])
             leaves.append(
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )
