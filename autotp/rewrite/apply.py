@@ -16,8 +16,10 @@ from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
-from ..runtime.gradients import sync_gradient
+from ..runtime.gradients import follow_gradients, sync_gradient
+from ..runtime.optimizers import replaced, sharded, watch_optimizers
 from ..runtime.rng import DrawGate
+from ..runtime.sharded_gradient import share_gradient
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
 from .bind import Bound, Rank, group_name
@@ -61,10 +63,17 @@ def apply(
     for (fqn, path), value in constants.attrs.items():
         set_attribute(model.get_submodule(fqn), path, value)
     applied = _patch(model, program, constants, rank, shared)
-    for fqn, dims in program.sync.items():
+    for fqn, dims in sorted(program.sync.items()):  # every rank puts them into buckets in this order
         module, name = owner(model, fqn)
         parts, part = rank.gradient_sum(fqn, dims)
         sync_gradient(module, name, group_name(rank.prefix, parts), part)
+    for fqn, dims in program.slices.items():
+        share = rank.gradient_share(fqn, dims)
+        if share is not None:
+            module, name = owner(model, fqn)
+            share_gradient(module, name, share)
+    follow_gradients(model)
+    watch_optimizers()
     disable_fast_paths(model)
     return applied
 
@@ -101,6 +110,8 @@ def slice_parameters(
         local = place(local_slice(whole.detach(), dims, rank))
         made[id(whole)] = nn.Parameter(local, requires_grad=whole.requires_grad)
         made[id(whole)].__dict__.update(whole.__dict__)
+        sharded(made[id(whole)], fqn)
+        replaced(whole, fqn)
         for other, own_name in places[id(whole)]:
             other._parameters[own_name] = made[id(whole)]
 

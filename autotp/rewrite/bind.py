@@ -14,6 +14,7 @@ from ..axes.term import Atom, Dim, atoms_of, size_of
 from ..errors import RewriteError
 from ..runtime import ops
 from ..runtime.gradients import Part
+from ..runtime.sharded_gradient import Share
 from .steps import AllReduce, Enter, Mask, Step, Take
 
 Bound = Callable[[Tensor], Tensor]
@@ -52,6 +53,24 @@ class Rank:
             return common_parts(dims, self.partition, self.rank)
         except ValueError as error:
             raise RewriteError(f"{fqn}: {error}") from error
+
+    def gradient_share(self, fqn: str, dims: Sequence[Dim]) -> Share | None:
+        """Which elements of its slice's gradient a rank counts in a norm; None for what is whole on every rank."""
+        groups, part = self.gradient_sum(fqn, dims)
+        if part is None and len(groups) == 1:
+            return None
+        if self.rank in {ranks[0] for ranks in groups}:
+            return Share(self.prefix)
+        if part is None:
+            return Share(self.prefix, (0, (), ()))
+        dim, starts, lengths = part
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        gaps = [
+            (low, high - low)
+            for low, high in zip([0, *ends], [*starts, self.size(dims[dim])], strict=True)
+            if high > low
+        ]
+        return Share(self.prefix, (dim, tuple(s for s, _ in gaps), tuple(n for _, n in gaps)))
 
     def group(self, common: Iterable[Atom]) -> str:
         """The registered name of the group in which this rank sums values that hold the ``common`` axes."""

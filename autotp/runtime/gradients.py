@@ -27,12 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 from autotp.errors import AutoTPError
 from autotp.runtime import wire
 from autotp.runtime.ops import all_reduce
+from autotp.runtime.sharded_gradient import ATTRIBUTE as SHARES
+from autotp.runtime.sharded_gradient import GradientShare, share_gradient
 from autotp.runtime.wire import narrow_runs
 
 Part = tuple[int, tuple[int, ...], tuple[int, ...]]
 """(dim, starts, lengths) of runs in the local gradient."""
 
 _ATTRIBUTE = "_tp_gradient_sums"
+_FOLLOWED = "_tp_gradient_modules"
 _numbers = itertools.count()
 
 
@@ -40,7 +43,9 @@ class _Bucket:
     """The gradients that one backward pass has left to sum."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[GradSync, Tensor, Tensor]] = []  # (whose, what to sum, the zeros left for it)
+        self.pending: list[
+            tuple[GradSync, Tensor, Tensor]
+        ] = []  # (whose, what to sum, the zeros left for it)
 
     def sum(self) -> None:
         """One all-reduce for each group, dtype and device; called when the backward pass is over."""
@@ -51,7 +56,7 @@ class _Bucket:
         with torch.no_grad():
             for (group, _, _), items in sorted(buckets.items(), key=lambda item: item[1][0][0].number):
                 summed = wire.reduce_sum(torch.cat([grad.flatten() for _, grad, _ in items]), group)
-                pieces = summed.split([grad.numel() for _, grad, _ in items])
+                pieces = torch.split(summed, [grad.numel() for _, grad, _ in items])
                 for (sync, grad, zeros), piece in zip(items, pieces, strict=True):
                     sync.put(zeros, piece.view(grad.shape))
 
@@ -66,7 +71,7 @@ def _bucket() -> _Bucket:
     bucket = _buckets.get(number)
     if bucket is None:
         bucket = _buckets[number] = _Bucket()
-        torch.autograd.Variable._execution_engine.queue_callback(bucket.sum)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(bucket.sum)
     return bucket
 
 
@@ -78,6 +83,7 @@ class GradSync:
     copy sums the copy's gradient.
 
     Attributes:
+        number: its place in a bucket, the same on every rank.
         at_once: do not wait for the end of the pass, somebody looks at the gradient before.
     """
 
@@ -94,7 +100,7 @@ class GradSync:
         if parameter.requires_grad:
             self._handles = [
                 parameter.register_hook(self._sum),  # type: ignore[no-untyped-call]
-                parameter.register_post_accumulate_grad_hook(self._note),
+                parameter.register_post_accumulate_grad_hook(self._note),  # type: ignore[no-untyped-call]
             ]
 
     @property
@@ -119,7 +125,8 @@ class GradSync:
         hooks: Any = self.parameter._backward_hooks or ()
         after: Any = getattr(self.parameter, "_post_accumulate_grad_hooks", None) or {}
         return len(hooks) > 1 or any(
-            not isinstance(getattr(hook, "__self__", None), GradSync) for hook in after.values()
+            not isinstance(getattr(hook, "__self__", None), GradSync | GradientShare)
+            for hook in after.values()
         )
 
     def _with(self, grad: Tensor, summed: Tensor | None) -> Tensor:
@@ -156,7 +163,9 @@ class GradSync:
         self._handles = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradSync:
-        return GradSync(copy.deepcopy(self.parameter, memo), self.group, self.part)
+        made = GradSync(copy.deepcopy(self.parameter, memo), self.group, self.part)
+        made.number = self.number
+        return made
 
     def __reduce__(self) -> Any:
         return GradSync, (self.parameter, self.group, self.part)
@@ -180,6 +189,8 @@ def sync_gradient(module: nn.Module, name: str, group: str, part: Part | None = 
     if not any(hook is _follow for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(_follow)
     sums[name] = GradSync(parameter, group, part)
+    if old is not None:
+        sums[name].number = old.number
 
 
 def _follow(module: nn.Module, args: Any) -> None:
@@ -201,6 +212,38 @@ def _follow(module: nn.Module, args: Any) -> None:
             sync_gradient(module, name, sync.group, sync.part)
         elif in_ddp:
             sync.at_once = True
+
+
+def follow_gradients(model: nn.Module) -> None:
+    """From now on, before each forward of the whole ``model`` that may be trained, see to it that its sums and
+    shares of gradients are on the parameters that are there then.
+    """
+    model.register_forward_pre_hook(_follow_all)
+
+
+def _follow_all(model: nn.Module, args: Any) -> None:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is not None and ddp.gradient_as_bucket_view:
+        raise AutoTPError(
+            "DistributedDataParallel(gradient_as_bucket_view=True) replaces the gradients of sharded parameters "
+            "by views that do not know it, and a norm of theirs would differ from rank to rank. "
+            "Pass gradient_as_bucket_view=False."
+        )
+    followed: list[nn.Module] | None = model.__dict__.get(_FOLLOWED)
+    if followed is None:
+        followed = [m for m in model.modules() if _ATTRIBUTE in m.__dict__ or SHARES in m.__dict__]
+        model.__dict__[_FOLLOWED] = followed
+    for module in followed:
+        if _ATTRIBUTE in module.__dict__:
+            _follow(module, args)
+        for name, share in module.__dict__.get(SHARES, {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is None or (parameter is share.parameter and share.handle is not None):
+                continue
+            if parameter.requires_grad and parameter.is_leaf:
+                share_gradient(module, name, share.share)
 
 
 def stop_gradient_sync(module: nn.Module, name: str) -> None:

@@ -41,6 +41,18 @@ def reduce_sum(x: Tensor, group: str) -> Tensor:
     return out
 
 
+def reduce_max(x: Tensor, group: str, least: bool = False) -> Tensor:
+    """The elementwise greatest (or least) of x over the ranks, in a tensor of its own."""
+    g = get_group(group)
+    out = x.clone(memory_format=torch.contiguous_format)
+    if record.active:
+        record.note("all_reduce", tuple(x.shape), x.numel() * x.element_size(), group)
+    if g.process_group is not None and out.numel():
+        op = dist.ReduceOp.MIN if least else dist.ReduceOp.MAX
+        dist.all_reduce(out, op, group=g.process_group)
+    return out
+
+
 def gather_cat(x: Tensor, dim: int, sizes: Ints, starts: Ints, lengths: Ints, group: str) -> Tensor:
     """The ranks' shards (``sizes[r]`` along ``dim`` on rank r) put together, then permuted by the runs."""
     g = get_group(group)

@@ -58,9 +58,7 @@ def expected(plain: Scales, rank: int, seeds: tuple[int, ...]) -> list[Tensor]:
         by_rank.append([p.grad.clone() for p in plain.parameters()])
     total = [sum(grads) for grads in zip(*by_rank, strict=True)]
     fused = next(i for i, p in enumerate(plain.parameters()) if p is plain.fused)
-    total[fused] = torch.stack(
-        [by_rank[rank][fused][0], *total[fused][1:3], by_rank[rank][fused][3]]
-    )
+    total[fused] = torch.stack([by_rank[rank][fused][0], *total[fused][1:3], by_rank[rank][fused][3]])
     return total
 
 
