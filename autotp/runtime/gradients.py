@@ -28,7 +28,7 @@ from autotp.errors import AutoTPError
 from autotp.runtime import wire
 from autotp.runtime.ops import all_reduce
 from autotp.runtime.sharded_gradient import ATTRIBUTE as SHARES
-from autotp.runtime.sharded_gradient import GradientShare, share_gradient
+from autotp.runtime.sharded_gradient import GradientShare, fully_sharded_parameters, share_gradient
 from autotp.runtime.wire import narrow_runs
 
 Part = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -200,7 +200,9 @@ def _follow(module: nn.Module, args: Any) -> None:
     in_ddp = DistributedDataParallel._active_ddp_module is not None
     for name, sync in module.__dict__[_ATTRIBUTE].items():
         parameter = module._parameters.get(name)
-        if parameter is None:
+        if parameter is None or hasattr(
+            parameter, "_local_tensor"
+        ):  # a DTensor: FSDP2 has not gathered it yet
             continue
         if parameter is not sync.parameter:
             # FSDP2 puts in the gathered parameter, and reduces its gradient within the pass
@@ -235,13 +237,25 @@ def _follow_all(model: nn.Module, args: Any) -> None:
     if followed is None:
         followed = [m for m in model.modules() if _ATTRIBUTE in m.__dict__ or SHARES in m.__dict__]
         model.__dict__[_FOLLOWED] = followed
+    fully_sharded: dict[tuple[int, str], Tensor] | None = None
     for module in followed:
         if _ATTRIBUTE in module.__dict__:
             _follow(module, args)
         for name, share in module.__dict__.get(SHARES, {}).items():
             parameter = module._parameters.get(name)
-            if parameter is None or (parameter is share.parameter and share.handle is not None):
+            if (
+                parameter is None
+                or share.moved
+                or (parameter is share.parameter and share.handle is not None)
+            ):
                 continue
+            if parameter is not share.parameter:
+                if fully_sharded is None:
+                    fully_sharded = fully_sharded_parameters(model)
+                at = fully_sharded.get((id(module), name))
+                if at is not None:
+                    share.move(at)
+                    continue
             if parameter.requires_grad and parameter.is_leaf:
                 share_gradient(module, name, share.share)
 

@@ -76,3 +76,5 @@ def _make_plain(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         for key, value in state.items():
             if type(value) is ShardedGradient:
                 state[key] = value._tp_local
+            elif type(getattr(value, "_local_tensor", None)) is ShardedGradient:  # a DTensor of FSDP2
+                value._local_tensor = value._local_tensor._tp_local

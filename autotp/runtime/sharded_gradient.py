@@ -355,13 +355,25 @@ class GradientShare:
         self.parameter = parameter
         self.share = share
         self.handle: Any = None
+        self.moved = False
         if parameter.requires_grad:
             self.handle = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
 
     def _mark(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        if grad is not None and type(grad) is Tensor:
+        grad: Any = parameter.grad
+        if type(grad) is Tensor:
             parameter.grad = ShardedGradient(grad, self.share)
+        elif self.moved and type(grad._local_tensor) is Tensor:
+            grad._local_tensor = ShardedGradient(grad._local_tensor, _of_chunk(self.share, grad))
+
+    def move(self, parameter: Tensor) -> None:
+        """To the parameter that FSDP2 has made of it, whose gradient is a DTensor of the data-parallel mesh."""
+        self.remove()
+        for name, value in self.parameter.__dict__.items():
+            if name.startswith("_tp_"):
+                setattr(parameter, name, value)
+        self.parameter, self.moved = parameter, True
+        self.handle = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Mark no longer."""
@@ -374,6 +386,43 @@ class GradientShare:
 
     def __reduce__(self) -> Any:
         return GradientShare, (self.parameter, self.share)
+
+
+def _of_chunk(share: Share, gradient: Any) -> Share:
+    """The share of a rank that holds one data-parallel chunk, of dim 0, of its slice."""
+    placement = gradient.placements[-1]
+    if share.counted is None or share.counted[0] != 0 or not share.counted[1]:
+        return share
+    if len(gradient.placements) != 1 or not placement.is_shard(0):
+        raise AutoTPError(
+            f"cannot count the gradient of a partly replicated parameter that FSDP2 places as {gradient.placements}: "
+            "use Shard(0), and one data-parallel mesh dim."
+        )
+    chunk = -(-gradient.shape[0] // gradient.device_mesh.size())
+    low = min(chunk * gradient.device_mesh.get_local_rank(), gradient.shape[0])
+    high = low + gradient._local_tensor.shape[0]
+    _, starts, lengths = share.counted
+    runs = [
+        (max(start, low), min(start + length, high)) for start, length in zip(starts, lengths, strict=True)
+    ]
+    kept = [(start - low, stop - start) for start, stop in runs if start < stop]
+    return Share(share.group, (0, tuple(start for start, _ in kept), tuple(n for _, n in kept)))
+
+
+def fully_sharded_parameters(model: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """What FSDP2 trains in place of each parameter, by the id of its module and its own name."""
+    found: dict[tuple[int, str], Tensor] = {}
+    for module in model.modules():
+        state: Any = getattr(module, "_get_fsdp_state", None)
+        for group in state()._fsdp_param_groups if state is not None else ():
+            for parameter in group.fsdp_params:
+                at = parameter._module_info
+                for owner, name in (
+                    (at.module, at.param_name),
+                    *zip(at.shared_modules, at.shared_param_names, strict=True),
+                ):
+                    found[id(owner), name] = parameter.sharded_param
+    return found
 
 
 ATTRIBUTE = "_tp_gradient_shares"
