@@ -4,7 +4,9 @@ model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodifi
 """
 
 from autotp.api import full_state_dict, parallelize, plan
-from autotp.axes.rules.registry import register_rule
+from autotp.axes.check import RuleCheck, check_rule
+from autotp.axes.rules.context import OpContext
+from autotp.axes.rules.custom import register_rule, unregister_rule
 from autotp.errors import (
     AutoTPError,
     PlanError,
@@ -20,15 +22,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoTPError",
+    "OpContext",
     "Plan",
     "PlanError",
     "RankMismatchError",
     "RewriteError",
+    "RuleCheck",
     "RuleError",
     "TraceError",
     "VerifyError",
+    "check_rule",
     "full_state_dict",
     "parallelize",
     "plan",
     "register_rule",
+    "unregister_rule",
 ]

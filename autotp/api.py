@@ -70,6 +70,20 @@ def parallelize(
         AutoTPError: before anything is changed.
     """
     mesh = default_mesh(device) if mesh is None else mesh
+    prepared = _prepared(model, mesh, example_inputs, plan, strict)
+    if prepared is None:
+        return model if device is None else model.to(device)
+    return carry_out(model, mesh, prepared, device)
+
+
+def _prepared(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    example_inputs: ExampleInputs | None,
+    plan: PlanLike | None,
+    strict: bool,
+) -> Prepared | None:
+    """What every rank agreed on; None for one rank, which has nothing to share."""
     tp = mesh.size()
     if mesh.ndim != 1:
         raise PlanError(
@@ -81,7 +95,7 @@ def parallelize(
             "this model is sharded already: parallelize a model once, before anything else shards it."
         )
     if tp == 1:
-        return model if device is None else model.to(device)
+        return None
     prepared: Prepared | None = None
     failure: AutoTPError | None = None
     try:
@@ -96,7 +110,13 @@ def parallelize(
     agree(mesh, Verdict("end", fingerprint, None if failure is None else str(failure)))
     if failure is not None:
         raise failure
-    assert prepared is not None
+    return prepared
+
+
+def carry_out(
+    model: nn.Module, mesh: DeviceMesh, prepared: Prepared, device: torch.device | str | None = None
+) -> nn.Module:
+    """Shard ``model`` as it was prepared, for this rank of ``mesh``; every rank has to carry out the same."""
     prefix = connect(mesh, prepared.groups())
     rank = prepared.rank(mesh.get_local_rank(), prefix)
     target = None if device is None else torch.device(device)

@@ -20,7 +20,7 @@ _ATTRIBUTE = "_autotp_sharding"
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """The plan, this rank's place in it, and the dims of each sharded parameter."""
+    """The plan, this rank's place in it, and the dims of each sharded parameter or buffer."""
 
     plan: Plan
     rank: Rank
@@ -41,8 +41,10 @@ def gather_state_dict(model: nn.Module, sharding: Sharding) -> dict[str, Tensor]
     """The whole state dict on every rank; one tensor is gathered at a time."""
     whole: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}  # tied parameters are gathered once, and stay one tensor
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    dims_by_id = {id(parameters[fqn]): dims for fqn, dims in sharding.dims.items() if fqn in parameters}
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    dims_by_id = {id(held[fqn]): dims for fqn, dims in sharding.dims.items() if fqn in held}
     for name, value in model.state_dict(keep_vars=True).items():
         dims = dims_by_id.get(id(value))
         if dims is None:
