@@ -17,6 +17,8 @@ from autotp.errors import (
     VerifyError,
 )
 from autotp.plan.plan import Plan
+from autotp.runtime.cross_entropy import cross_entropy
+from autotp.runtime.lazy_gather import loss_parallel
 
 __version__ = "0.1.0"
 
@@ -32,7 +34,9 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "check_rule",
+    "cross_entropy",
     "full_state_dict",
+    "loss_parallel",
     "parallelize",
     "plan",
     "register_rule",

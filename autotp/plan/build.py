@@ -21,7 +21,7 @@ from .names import fold
 from .placement import Uses
 from .plan import Axis, Collective, Entry, Plan
 from .planner import Choice
-from .reductions import nbytes
+from .reductions import is_loss_of_parts, nbytes
 
 
 def build_plan(
@@ -210,12 +210,16 @@ class _Builder:
         order = {node: i for i, node in enumerate(self.analysis.trace.graph.nodes)}
         names = {node: fqn for fqn, node in self.analysis.trace.params.items()}
         found: list[tuple[str, Collective]] = []
-        gathered = {(c.producer, c.dim): c.producer for c in comm.conversions if c.kind == "gather"}
+        gathers = [c for c in comm.conversions if c.kind == "gather"]
+        gathered = {(c.producer, c.dim): c.producer for c in gathers if not is_loss_of_parts(c)}
+        losses = {c.consumer: None for c in gathers if is_loss_of_parts(c) and c.consumer is not None}
         forward = [("all_reduce", node) for node in comm.reduce] + [
             ("all_gather", node) for node in gathered.values()
         ]
         for kind, node in sorted(forward, key=lambda item: order[item[1]]):
             found += self.at("forward", kind, node)
+        for node in losses:
+            found += self.loss(node)
         for node in sorted({*comm.enter, *comm.close}, key=order.__getitem__, reverse=True):
             found += self.at("backward", "all_reduce", node)
         steps = self.gradient_sums(sorted(comm.sync, key=order.__getitem__), names)
@@ -237,6 +241,15 @@ class _Builder:
             )
             found.append(Collective("step", "all_reduce", where, "gradients", most, 1))
         return found
+
+    def loss(self, node: fx.Node) -> list[tuple[str, Collective]]:
+        """A cross-entropy over sharded classes: each token's greatest logit, then its sums."""
+        target = node.args[1]
+        assert isinstance(target, fx.Node)
+        tokens = target.meta["val"].numel() * max(4, node.meta["val"].element_size())
+        sums = 3 if node.args[5:] and node.args[5] else 2
+        where, op = node.meta.get("module", ""), op_name(node)
+        return [(where, Collective("forward", "all_reduce", "", op, n * tokens, 0)) for n in (1, sums)]
 
     def at(self, phase: str, kind: str, node: fx.Node) -> list[tuple[str, Collective]]:
         """A collective at a value, once for each layer that the skeleton's stands for."""

@@ -17,6 +17,7 @@ from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
 from ..runtime.gradients import follow_gradients, sync_gradient
+from ..runtime.lazy_gather import settle_outputs
 from ..runtime.optimizers import replaced, sharded, watch_optimizers
 from ..runtime.rng import DrawGate
 from ..runtime.sharded_gradient import share_gradient
@@ -60,6 +61,7 @@ def apply(
         except RewriteError as error:
             raise RewriteError(str(error), leaf.fqn) from error
     _add_hooks(model, program, shared)
+    settle_outputs(model)
     for (fqn, path), value in constants.attrs.items():
         set_attribute(model.get_submodule(fqn), path, value)
     applied = _patch(model, program, constants, rank, shared)

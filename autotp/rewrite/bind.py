@@ -15,6 +15,7 @@ from ..axes.term import Atom, Dim, atoms_of, size_of
 from ..errors import RewriteError
 from ..runtime import ops
 from ..runtime.gradients import Part
+from ..runtime.lazy_gather import gather_when_needed
 from ..runtime.sharded_gradient import Share
 from .steps import AllReduce, Enter, Mask, Scale, Step, Take
 
@@ -150,7 +151,12 @@ def bind(step: Step, rank: Rank) -> Bound:
     else:
         sizes, starts, lengths = rank.gather(axes)
         fn = functools.partial(
-            ops.gather, dim=dim, sizes=sizes, perm_starts=starts, perm_lengths=lengths, group=rank.prefix
+            gather_when_needed if step.lazy and inner is None else ops.gather,
+            dim=dim,
+            sizes=sizes,
+            perm_starts=starts,
+            perm_lengths=lengths,
+            group=rank.prefix,
         )
         before = rank.size(axes)
     return fn if inner is None or before is None else Unflattened(fn, step.dim, before)
