@@ -64,22 +64,25 @@ class _Use:
 
 
 class LazyGather(Tensor):
-    """A whole tensor of which this rank holds a part along ``_dim``; ``_local`` may be of a narrower dtype yet."""
+    """A whole tensor of which this rank holds a part along ``_dim``; ``_local`` may be of a narrower dtype yet.
+
+    ``_cell`` holds what was gathered, once it is.
+    """
 
     _local: Tensor
     _dim: int
     _layout: Layout
     _use: _Use
-    _whole: Tensor | None
+    _cell: list[Tensor]
 
-    __slots__ = ("_dim", "_layout", "_local", "_use", "_whole")
+    __slots__ = ("_cell", "_dim", "_layout", "_local", "_use")
 
     @staticmethod
     def __new__(cls, local: Tensor, dim: int, layout: Layout, dtype: torch.dtype, use: _Use) -> LazyGather:
         shape = list(local.shape)
         shape[dim] = layout.whole
         made: LazyGather = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=local.device)
-        made._local, made._dim, made._layout, made._use, made._whole = local, dim, layout, use, None
+        made._local, made._dim, made._layout, made._use, made._cell = local, dim, layout, use, []
         use.made += 1
         return made
 
@@ -139,7 +142,7 @@ def whole(x: Tensor) -> Tensor:
     """What ``x`` stands for, as a plain tensor."""
     if not isinstance(x, LazyGather):
         return x
-    if x._whole is not None:
+    if x._cell:
         with torch._C.DisableTorchFunctionSubclass():
             return torch.ops.aten.view.default(x, x.shape)  # type: ignore[no-any-return]
     return ops.gather(x._local, x._dim, x._layout.sizes, (), (), x._layout.group).to(x.dtype)
@@ -157,12 +160,13 @@ def _data(x: Any) -> Any:
     """The whole tensor's data, gathered once."""
     if not isinstance(x, LazyGather):
         return x
-    if x._whole is None:
+    if not x._cell:
         with torch.no_grad():
             layout = x._layout
-            x._whole = wire.gather_cat(x._local.detach(), x._dim, layout.sizes, (), (), layout.group).to(x.dtype)
-        x._use.wholes.append(x._whole)
-    return x._whole
+            found = wire.gather_cat(x._local.detach(), x._dim, layout.sizes, (), (), layout.group)
+        x._cell.append(found.to(x.dtype))
+        x._use.wholes.append(x._cell[0])
+    return x._cell[0]
 
 
 def _check_alone(x: LazyGather) -> None:
@@ -178,7 +182,7 @@ def _check_alone(x: LazyGather) -> None:
 
 def _still_lazy(x: LazyGather) -> bool:
     """Whether its part is still what it stands for: nobody has written to a whole tensor that was gathered."""
-    return x._version == 0 and all(w._version == 0 for w in x._use.wholes) and (x._whole is None)
+    return x._version == 0 and all(w._version == 0 for w in x._use.wholes) and not x._cell
 
 
 def _again(x: LazyGather, local: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -221,7 +225,10 @@ def _same_shape(func: Any, x: LazyGather, *args: Any, **kwargs: Any) -> Any:
     """contiguous, clone, detach."""
     if not _still_lazy(x) or args or kwargs:
         return NotImplemented
-    return _again(x, func(x._local))
+    made: Any = _again(x, func(x._local))
+    if func in (Tensor.detach, torch.detach):  # the same memory
+        made._cell = x._cell
+    return made
 
 
 def _scaled(func: Any, x: LazyGather, *args: Any, **kwargs: Any) -> Any:
