@@ -3,12 +3,14 @@
 model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
 """
 
+from autotp import debug
 from autotp.api import full_state_dict, parallelize, plan
 from autotp.axes.check import RuleCheck, check_rule
 from autotp.axes.rules.context import OpContext
 from autotp.axes.rules.custom import register_rule, unregister_rule
 from autotp.errors import (
     AutoTPError,
+    HangError,
     PlanError,
     RankMismatchError,
     RewriteError,
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoTPError",
+    "HangError",
     "OpContext",
     "Plan",
     "PlanError",
@@ -35,6 +38,7 @@ __all__ = [
     "VerifyError",
     "check_rule",
     "cross_entropy",
+    "debug",
     "full_state_dict",
     "loss_parallel",
     "parallelize",

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from autotp.errors import AutoTPError
-from autotp.runtime import wire
+from autotp.runtime import record, wire
 from autotp.runtime.group import get_group
 from autotp.runtime.wire import Ints
 
@@ -148,14 +148,17 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.where = group, record.where
         # A view: changing it in place raises, where with a detached alias the gradient of x would go wrong
         # in silence.
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_reduce(grads[0], ctx.group), None
+        record.where = ctx.where
+        found = all_reduce(grads[0], ctx.group)
+        record.where = ""
+        return found, None
 
 
 class _Gather(torch.autograd.Function):
