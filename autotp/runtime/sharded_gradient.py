@@ -369,9 +369,7 @@ class GradientShare:
     def move(self, parameter: Tensor) -> None:
         """To the parameter that FSDP2 has made of it, whose gradient is a DTensor of the data-parallel mesh."""
         self.remove()
-        for name, value in self.parameter.__dict__.items():
-            if name.startswith("_tp_"):
-                setattr(parameter, name, value)
+        _mark_as(parameter, self.parameter)
         self.parameter, self.moved = parameter, True
         self.handle = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
 
@@ -382,10 +380,19 @@ class GradientShare:
             self.handle = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientShare:
-        return GradientShare(copy.deepcopy(self.parameter, memo), self.share)
+        made = copy.deepcopy(self.parameter, memo)
+        _mark_as(made, self.parameter)  # torch leaves a parameter's own attributes behind
+        return GradientShare(made, self.share)
 
     def __reduce__(self) -> Any:
         return GradientShare, (self.parameter, self.share)
+
+
+def _mark_as(made: Tensor, parameter: Tensor) -> None:
+    """A parameter in place of another knows what that one knew: that it is a part."""
+    for name, value in parameter.__dict__.items():
+        if name.startswith("_tp_"):
+            setattr(made, name, value)
 
 
 def _of_chunk(share: Share, gradient: Any) -> Share:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,26 +30,30 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return loss
 
 
-def same_training(
-    run: Run,
-    name: str = "llama",
-    dtype: torch.dtype = torch.float64,
-    rtol: float = 1e-9,
-    mesh: Any = None,
-    **variant: Any,
-) -> None:
-    """Losses (and whatever else ``run`` returns) and trained weights of the sharded and the unsharded run."""
-    case = MODELS[name]
-    reference = case.build(dtype=dtype, **variant)
-    model = autotp.parallelize(
-        case.build(dtype=dtype, **variant), mesh, example_inputs={"input_ids": batches()[0]}
-    )
-    assert sharding_of(model) is not None
-    wanted, found = run(reference, batches()), run(model, batches())
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=rtol, atol=rtol)
-    assert wanted[STEPS - 1] != wanted[0]
-    whole = autotp.full_state_dict(model)
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(
-            whole[key], value, rtol=10 * rtol, atol=10 * rtol, msg=lambda m, k=key: f"{k}: {m}"
+class Pair:
+    """A model of the table, unsharded and sharded; each run starts from copies of both."""
+
+    def __init__(
+        self, name: str = "llama", dtype: torch.dtype = torch.float64, mesh: Any = None, **variant: Any
+    ) -> None:
+        case = MODELS[name]
+        self.reference = case.build(dtype=dtype, **variant)
+        self.model = autotp.parallelize(
+            case.build(dtype=dtype, **variant), mesh, example_inputs={"input_ids": batches()[0]}
         )
+        assert sharding_of(self.model) is not None
+
+    def copies(self) -> tuple[nn.Module, nn.Module]:
+        return copy.deepcopy(self.reference), copy.deepcopy(self.model)
+
+    def same_training(self, run: Run, rtol: float = 1e-9) -> None:
+        """Losses (and whatever else ``run`` returns) and trained weights of the sharded and the unsharded run."""
+        reference, model = self.copies()
+        wanted, found = run(reference, batches()), run(model, batches())
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=rtol, atol=rtol)
+        assert wanted[STEPS - 1] != wanted[0]
+        whole = autotp.full_state_dict(model)
+        for key, value in reference.state_dict().items():
+            torch.testing.assert_close(
+                whole[key], value, rtol=10 * rtol, atol=10 * rtol, msg=lambda m, k=key: f"{k}: {m}"
+            )

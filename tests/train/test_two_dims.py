@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -33,16 +34,25 @@ def run(model: nn.Module, ids: list[Tensor]) -> list[float]:
     return losses + norms
 
 
-def two_dims(how: str, name: str) -> None:
+def two_dims(name: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    dp = mesh["dp"].get_local_rank()
     case = MODELS[name]
     reference = case.build()
     wanted = run(reference, batches(STEPS, batch=4))
     model: nn.Module = autotp.parallelize(
         case.build(), mesh["tp"], example_inputs={"input_ids": batches(1)[0]}
     )
-    inner = model
+    for how in ("ddp", "fsdp"):
+        same_training(how, name, mesh, copy.deepcopy(model), reference, wanted)
+    views = DistributedDataParallel(model, process_group=mesh["dp"].get_group(), gradient_as_bucket_view=True)
+    with pytest.raises(AutoTPError, match="gradient_as_bucket_view=False"):
+        loss_of(views, batches(1)[0])
+
+
+def same_training(
+    how: str, name: str, mesh: DeviceMesh, model: nn.Module, reference: nn.Module, wanted: list[float]
+) -> None:
+    inner, dp = model, mesh["dp"].get_local_rank()
     if how == "ddp":
         model = DistributedDataParallel(model, process_group=mesh["dp"].get_group())
     else:
@@ -61,20 +71,5 @@ def two_dims(how: str, name: str) -> None:
             assert_close(whole[key], value, rtol=10 * rtol, atol=10 * rtol)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_llama_with_q_norms(dist: Pool, how: str) -> None:
-    dist.run(4, two_dims, how, "qwen3")
-
-
-def bucket_views() -> None:
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    model = autotp.parallelize(
-        MODELS["llama"].build(), mesh["tp"], example_inputs={"input_ids": batches(1)[0]}
-    )
-    ddp = DistributedDataParallel(model, process_group=mesh["dp"].get_group(), gradient_as_bucket_view=True)
-    with pytest.raises(AutoTPError, match="gradient_as_bucket_view=False"):
-        loss_of(ddp, batches(1)[0])
-
-
-def test_bucket_views_are_refused(dist: Pool) -> None:
-    dist.run(2, bucket_views)
+def test_llama_with_q_norms(dist: Pool) -> None:
+    dist.run(4, two_dims, "qwen3")
