@@ -15,6 +15,7 @@ from autotp.errors import AutoTPError
 from autotp.runtime.sharded_gradient import ShardedGradient
 from tests.dist.pool import Pool
 from tests.train.steps import Pair, batches, loss_of
+from tests.train.test_clipping import check_drift, check_norms, check_refusals
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw-foreach": (torch.optim.AdamW, {"lr": 1e-2, "foreach": True}),
@@ -90,6 +91,12 @@ def subgroups() -> None:
     pair = Pair("llama", kv_heads=2)
     pair.same_training(lambda m, ids: train(m, ids, accumulate=4))
     pair.same_training(average)
+    whole, model = pair.copies()
+    for m in (whole, model):
+        loss_of(m, batches(1)[0]).backward()
+    check_norms(whole, model)
+    check_refusals(model)
+    check_drift(model)
 
 
 def average(model: nn.Module, ids: list[Tensor]) -> list[float]:
