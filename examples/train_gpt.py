@@ -1,27 +1,29 @@
-"""Train a nanoGPT-style character model on real text, sharded, against the same training unsharded.
+"""Pre-train a nanoGPT-style character model on real text, sharded, against the same training unsharded.
 
-    torchrun --nproc-per-node 2 examples/train_char_gpt.py
+    torchrun --nproc-per-node 2 examples/train_gpt.py [--steps 50]
 
-The model is written as people write it and knows nothing of tensor parallelism. Training runs in float64, so
-that a sharded and an unsharded run that compute the same function stay together to the last digits.
+The model is written as people write it and knows nothing of tensor parallelism. The run is trained in float32 and in
+float64: two runs that compute the same function stay together to the last digits of either. With the targets given,
+the loss is taken from each rank's part of the vocabulary, and the logits are never gathered.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import agree, every_rank_holds, say
+from ranks import agree, every_rank_holds, same_curves, say
 from torch import Tensor, nn
 
 import autotp
 
 TEXT = Path(__file__).parent / "text" / "king_james.txt"
-STEPS, BATCH, BLOCK, LEARNING_RATE = 100, 8, 64, 2e-3
-TOLERANCE = 1e-8  # of each loss and of each trained weight
+STEPS, BATCH, BLOCK, LEARNING_RATE, CLIP = 50, 8, 64, 2e-3, 1.0
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative, of each loss
 
 
 class Attention(nn.Module):
@@ -95,53 +97,53 @@ class Batches:
         return {"idx": pieces[:, :-1].contiguous(), "targets": pieces[:, 1:].contiguous()}
 
 
-def build(batches: Batches) -> CharGPT:
+def build(batches: Batches, dtype: torch.dtype) -> CharGPT:
     torch.manual_seed(1611)
-    return CharGPT(len(batches.characters)).double()
+    return CharGPT(len(batches.characters)).to(dtype)
 
 
-def train(model: nn.Module, batches: Batches) -> Tensor:
+def train(model: nn.Module, batches: Batches, steps: int) -> Tensor:
     """The loss of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         _, loss = model(**batches.draw(step))
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
     return torch.stack(losses)
 
 
-def main() -> bool:
-    batches = Batches()
-    unsharded = build(batches)
-    expected = train(unsharded, batches)
-
-    model = build(batches)
-    model = autotp.parallelize(model, example_inputs=batches.draw(0))
-    found = train(model, batches)
-
-    sharded = every_rank_holds(model, unsharded)
-    say(f"  {'step':>6} {'unsharded loss':>18} {'sharded loss':>18}")
-    for step in (*range(0, STEPS, 20), STEPS - 1):
-        say(f"  {step:>6} {expected[step].item():>18.12f} {found[step].item():>18.12f}")
-    learned = bool(expected[-1] < 0.7 * expected[0])
-    if not learned:
-        say("  the loss did not fall: the comparison would say little")
-    same_losses = agree("losses", found, expected, TOLERANCE)
-
-    trained, whole = autotp.full_state_dict(model), unsharded.state_dict()
-    if trained.keys() != whole.keys():
-        say(f"  the state dicts have other names: {sorted(trained.keys() ^ whole.keys())}")
-        return False
-    found, expected = (torch.cat([state[name].flatten() for name in whole]) for state in (trained, whole))
-    same_weights = agree("trained weights", found, expected, TOLERANCE)
-    return sharded and learned and same_losses and same_weights
+def main(dtypes: tuple[torch.dtype, ...] = (torch.float64,), steps: int = STEPS) -> bool:
+    batches, ok = Batches(), True
+    for dtype in dtypes:
+        unsharded, model = build(batches, dtype), build(batches, dtype)
+        model = autotp.parallelize(model, example_inputs=batches.draw(0))
+        if dtype is dtypes[0]:
+            ok &= every_rank_holds(model, unsharded)
+        expected, found = train(unsharded, batches, steps), train(model, batches, steps)
+        ok &= same_curves(f"{dtype}".removeprefix("torch."), found, expected, TOLERANCE[dtype])
+        if expected[-1] > 0.8 * expected[0]:
+            say("  the loss did not fall: the comparison would say little")
+            ok = False
+        trained, whole = autotp.full_state_dict(model), unsharded.state_dict()
+        if trained.keys() != whole.keys():
+            say(f"  the state dicts have other names: {sorted(trained.keys() ^ whole.keys())}")
+            return False
+        found, expected = (torch.cat([state[name].flatten() for name in whole]) for state in (trained, whole))
+        ok &= agree("trained weights", found, expected, 10 * TOLERANCE[dtype])
+    return ok
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    steps = parser.parse_args().steps
     dist.init_process_group("gloo")
-    ok = main()
+    ok = main((torch.float32, torch.float64), steps)
     dist.destroy_process_group()
     sys.exit(0 if ok else 1)
