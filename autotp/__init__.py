@@ -3,10 +3,12 @@
 model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
 """
 
-from autotp.api import full_state_dict, parallelize, plan
+from autotp.api import from_pretrained, full_state_dict, load_checkpoint, parallelize, plan, save_pretrained
 from autotp.axes.rules.registry import register_rule
+from autotp.checkpoint.weightless import weightless
 from autotp.errors import (
     AutoTPError,
+    CheckpointError,
     PlanError,
     RankMismatchError,
     RewriteError,
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoTPError",
+    "CheckpointError",
     "Plan",
     "PlanError",
     "RankMismatchError",
@@ -27,8 +30,12 @@ __all__ = [
     "RuleError",
     "TraceError",
     "VerifyError",
+    "from_pretrained",
     "full_state_dict",
+    "load_checkpoint",
     "parallelize",
     "plan",
     "register_rule",
+    "save_pretrained",
+    "weightless",
 ]

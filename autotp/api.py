@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import AutoTPError, PlanError, RankMismatchError
+from .checkpoint import pretrained
+from .checkpoint.consensus import together
+from .checkpoint.fill import fill, initialise
+from .checkpoint.folder import Folder, open_folder
+from .checkpoint.keys import Keys, match
+from .checkpoint.save import save_model
+from .checkpoint.weightless import lost_tensors, materialize, room
+from .errors import AutoTPError, CheckpointError, PlanError, RankMismatchError
 from .plan.plan import Plan
 from .prepare import Prepared, prepare
 from .rewrite.apply import apply
@@ -18,6 +26,7 @@ from .rewrite.state import Sharding, gather_state_dict, remember, sharding_of
 from .runtime.mesh import Verdict, agree, connect, default_mesh
 
 ExampleInputs = Sequence[Any] | Mapping[str, Any]
+_CONFIG = "_autotp_config"
 PlanLike = Plan | str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -70,6 +79,25 @@ def parallelize(
         AutoTPError: before anything is changed.
     """
     mesh = default_mesh(device) if mesh is None else mesh
+    target = None if device is None else torch.device(device)
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if target is None else tensor.to(target)
+
+    _shard(model, mesh, example_inputs, plan, strict, place)
+    return model if target is None else model.to(target)
+
+
+def _shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    example_inputs: ExampleInputs | None,
+    plan: PlanLike | None,
+    strict: bool,
+    place: Callable[[torch.Tensor], torch.Tensor],
+    before: Callable[[Mapping[int, object]], object] = lambda sliced: None,
+) -> None:
+    """Shard in place; ``before`` is told the ids of the parameters that will be sliced, right before they are."""
     tp = mesh.size()
     if mesh.ndim != 1:
         raise PlanError(
@@ -81,7 +109,8 @@ def parallelize(
             "this model is sharded already: parallelize a model once, before anything else shards it."
         )
     if tp == 1:
-        return model if device is None else model.to(device)
+        before({})
+        return
     prepared: Prepared | None = None
     failure: AutoTPError | None = None
     try:
@@ -99,16 +128,146 @@ def parallelize(
     assert prepared is not None
     prefix = connect(mesh, prepared.groups())
     rank = prepared.rank(mesh.get_local_rank(), prefix)
-    target = None if device is None else torch.device(device)
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if target is None else tensor.to(target)
-
+    slices = dict(prepared.rewriting.program.slices)
+    model.__dict__[_CONFIG] = model.__dict__.get(
+        "config"
+    )  # a local constant may put a private copy in its place
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before({id(parameters[fqn]): fqn for fqn in slices if fqn in parameters})
     apply(model, prepared.rewriting.program, prepared.constants(rank.rank), rank, place)
-    if target is not None:
-        model.to(target)
-    remember(model, Sharding(prepared.plan, rank, dict(prepared.rewriting.program.slices)))
+    remember(model, Sharding(prepared.plan, rank, slices))
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    mesh: DeviceMesh | None = None,
+    *,
+    model_class: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    example_inputs: ExampleInputs | None = None,
+    plan: PlanLike | None = None,
+    strict: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    revision: str | None = None,
+    output_loading_info: bool = False,
+    **options: Any,
+) -> Any:
+    """A sharded transformers model, of which each rank reads its own slices only.
+
+    The model is built without weights, planned and rewritten; then every rank reads its part of one tensor after the
+    other, straight to its device. Call it on every rank.
+
+    Args:
+        path_or_id: a directory with a config and safetensors files, or a model id on the hub.
+        model_class: a class of transformers; by default the one that the config names.
+        dtype: as for transformers' ``from_pretrained``; by default what the config says.
+        device: where the weights go (default: the mesh's device).
+        ignore_mismatched_sizes: draw weights anew whose shape in the checkpoint is another one.
+        output_loading_info: return (model, transformers' record of missing, unexpected and mismatched keys).
+        options: for the model's config (``attn_implementation``).
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete or another model's; on every rank, before anything is
+            computed with it.
+    """
+    mesh = default_mesh(device) if mesh is None else mesh
+    with together(mesh.get_group()):
+        folder = open_folder(pretrained.locate(path_or_id, revision))
+        where = folder.path if folder.path.is_dir() else folder.path.parent
+        model: Any = pretrained.build(where, model_class, dtype, options)
+        keys = match(model, folder.tensors)
+        info = pretrained.report(model, keys, folder, ignore_mismatched_sizes, mesh.get_local_rank() == 0)
+        fresh = set(keys.missing) | {name for name, *_ in keys.mismatched}
+        initialise(model, keys, fresh, seed=0)
+    _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict)
+    return (model, info) if output_loading_info else model
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    mesh: DeviceMesh | None = None,
+    *,
+    key_map: Mapping[str, str] | Callable[[str], str] | None = None,
+    device: torch.device | str | None = None,
+    example_inputs: ExampleInputs | None = None,
+    plan: PlanLike | None = None,
+    strict: bool = False,
+    allow_unexpected: bool = False,
+) -> nn.Module:
+    """Shard ``model``, built without weights (under :func:`weightless`), and fill it from safetensors; return it.
+
+    Each rank reads its own slices only, one tensor at a time. Call it on every rank.
+
+    Args:
+        path: a safetensors file, or a directory with one or with an index of several.
+        key_map: from keys of the checkpoint to names of the model: a function, or a mapping of whole keys or of
+            regular expressions and what replaces them.
+        allow_unexpected: ignore tensors that the model does not have. Missing ones are always refused.
+
+    Raises:
+        CheckpointError: on every rank, before anything is computed with the model.
+    """
+    mesh = default_mesh(device) if mesh is None else mesh
+    with together(mesh.get_group()):
+        lost = lost_tensors(model)
+        if lost:
+            raise CheckpointError(
+                f"{lost[0]} was computed on the meta device, so its values are lost, and no checkpoint has them. "
+                "Build the model under autotp.weightless() in place of torch.device('meta')."
+            )
+        folder = open_folder(pretrained.locate(path))
+        keys = match(model, folder.tensors, key_map)
+        _refuse(keys, folder, allow_unexpected)
+    _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict)
     return model
+
+
+def _refuse(keys: Keys, folder: Folder, allow_unexpected: bool) -> None:
+    for name, there, wanted in sorted(keys.mismatched):
+        raise CheckpointError(
+            f"{name} has shape {there} in the checkpoint ({keys.where(name)}) and {wanted} in the model"
+        )
+    for what, names in (
+        ("are missing", keys.missing),
+        ("are unexpected", set() if allow_unexpected else keys.unexpected),
+    ):
+        if names:
+            raise CheckpointError(
+                f"{folder.path}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}"
+                f"{' …' if len(names) > 5 else ''}. A key_map gives keys other names."
+            )
+
+
+def _shard_and_fill(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    folder: Folder,
+    keys: Keys,
+    device: torch.device | str | None,
+    example_inputs: ExampleInputs | None,
+    plan: PlanLike | None,
+    strict: bool,
+) -> None:
+    kind = mesh.device_type
+    if device is None and kind != "cpu":
+        device = f"{kind}:{torch.accelerator.current_device_index()}"
+    target = torch.device(kind if device is None else device)
+    group = mesh.get_group()
+    with together(group):
+        folder.verify(mesh.get_local_rank(), mesh.size())
+    _shard(
+        model,
+        mesh,
+        example_inputs,
+        plan,
+        strict,
+        lambda tensor: room(tensor, target),
+        lambda sliced: materialize(model, target, sliced),
+    )
+    with together(group):
+        fill(model, keys.tensors, sharding_of(model))
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -120,3 +279,32 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     if sharding is None:
         return dict(model.state_dict())
     return gather_state_dict(model, sharding)
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "50GB",
+    save_original_format: bool = True,
+) -> None:
+    """Write the ordinary, unsharded checkpoint: what transformers or ``load_state_dict`` of the plain model load.
+
+    Every rank calls it. One tensor at a time is gathered, to the rank that writes its file. A directory that exists is
+    replaced in one step when all is on disk; killed before, it is as it was. Other files in it stay.
+
+    Args:
+        max_shard_size: of a file; with more than one there is an index.
+        save_original_format: undo transformers' conversions (stacked experts become one tensor an expert again).
+
+    Raises:
+        CheckpointError: on every rank (a full disk, say); the directory is as it was.
+    """
+    save_model(
+        model,
+        Path(directory),
+        sharding_of(model),
+        max_shard_size=max_shard_size,
+        config=model.__dict__.get(_CONFIG),
+        original_format=save_original_format,
+    )

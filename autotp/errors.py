@@ -47,3 +47,7 @@ class RankMismatchError(AutoTPError):
 
 class RuleError(AutoTPError):
     """A sharding rule is malformed, or contradicts the op it is for."""
+
+
+class CheckpointError(AutoTPError):
+    """A checkpoint cannot be read or written as it is: which file and which key, and what is wrong with it."""
