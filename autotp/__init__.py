@@ -3,7 +3,18 @@
 model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
 """
 
-from autotp.api import from_pretrained, full_state_dict, load_checkpoint, parallelize, plan, save_pretrained
+from autotp.api import (
+    from_pretrained,
+    full_state_dict,
+    load_checkpoint,
+    load_training_state,
+    merge_checkpoint,
+    parallelize,
+    plan,
+    save_pretrained,
+    save_training_state,
+    shard_checkpoint,
+)
 from autotp.axes.rules.registry import register_rule
 from autotp.checkpoint.weightless import weightless
 from autotp.errors import (
@@ -33,9 +44,13 @@ __all__ = [
     "from_pretrained",
     "full_state_dict",
     "load_checkpoint",
+    "load_training_state",
+    "merge_checkpoint",
     "parallelize",
     "plan",
     "register_rule",
     "save_pretrained",
+    "save_training_state",
+    "shard_checkpoint",
     "weightless",
 ]

@@ -16,7 +16,9 @@ from .checkpoint.consensus import together
 from .checkpoint.fill import fill, initialise
 from .checkpoint.folder import Folder, open_folder
 from .checkpoint.keys import Keys, match
+from .checkpoint.presliced import is_presliced, merge, open_presliced, write_presliced
 from .checkpoint.save import save_model
+from .checkpoint.training import load_state, save_state
 from .checkpoint.weightless import lost_tensors, materialize, room
 from .errors import AutoTPError, CheckpointError, PlanError, RankMismatchError
 from .plan.plan import Plan
@@ -173,14 +175,14 @@ def from_pretrained(
     """
     mesh = default_mesh(device) if mesh is None else mesh
     with together(mesh.get_group()):
-        folder = open_folder(pretrained.locate(path_or_id, revision))
+        folder, cut_for = _open(pretrained.locate(path_or_id, revision), mesh)
         where = folder.path if folder.path.is_dir() else folder.path.parent
         model: Any = pretrained.build(where, model_class, dtype, options)
         keys = match(model, folder.tensors)
         info = pretrained.report(model, keys, folder, ignore_mismatched_sizes, mesh.get_local_rank() == 0)
         fresh = set(keys.missing) | {name for name, *_ in keys.mismatched}
         initialise(model, keys, fresh, seed=0)
-    _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict)
+    _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict, cut_for)
     return (model, info) if output_loading_info else model
 
 
@@ -217,11 +219,18 @@ def load_checkpoint(
                 f"{lost[0]} was computed on the meta device, so its values are lost, and no checkpoint has them. "
                 "Build the model under autotp.weightless() in place of torch.device('meta')."
             )
-        folder = open_folder(pretrained.locate(path))
+        folder, cut_for = _open(pretrained.locate(path), mesh)
         keys = match(model, folder.tensors, key_map)
         _refuse(keys, folder, allow_unexpected)
-    _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict)
+    _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict, cut_for)
     return model
+
+
+def _open(path: Path, mesh: DeviceMesh) -> tuple[Folder, str | None]:
+    """A checkpoint, and the plan that it was cut for where `shard_checkpoint` wrote it."""
+    if is_presliced(path):
+        return open_presliced(path, mesh.get_local_rank(), mesh.size())
+    return open_folder(path), None
 
 
 def _refuse(keys: Keys, folder: Folder, allow_unexpected: bool) -> None:
@@ -249,6 +258,7 @@ def _shard_and_fill(
     example_inputs: ExampleInputs | None,
     plan: PlanLike | None,
     strict: bool,
+    cut_for: str | None,
 ) -> None:
     kind = mesh.device_type
     if device is None and kind != "cpu":
@@ -256,7 +266,8 @@ def _shard_and_fill(
     target = torch.device(kind if device is None else device)
     group = mesh.get_group()
     with together(group):
-        folder.verify(mesh.get_local_rank(), mesh.size())
+        part, parts = (mesh.get_local_rank(), mesh.size()) if cut_for is None else (0, 1)
+        folder.verify(part, parts)
     _shard(
         model,
         mesh,
@@ -266,8 +277,14 @@ def _shard_and_fill(
         lambda tensor: room(tensor, target),
         lambda sliced: materialize(model, target, sliced),
     )
+    sharding = sharding_of(model)
     with together(group):
-        fill(model, keys.tensors, sharding_of(model))
+        if cut_for is not None and sharding is not None and sharding.plan.fingerprint != cut_for:
+            raise CheckpointError(
+                f"{folder.path}: was cut for plan {cut_for}, and this one is {sharding.plan.fingerprint}. "
+                "Cut it again (autotp shard), with the same plan and versions."
+            )
+        fill(model, keys.tensors, sharding)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -308,3 +325,102 @@ def save_pretrained(
         config=model.__dict__.get(_CONFIG),
         original_format=save_original_format,
     )
+
+
+def shard_checkpoint(
+    path_or_id: str | os.PathLike[str],
+    tp: int,
+    out: str | os.PathLike[str],
+    *,
+    plan: PlanLike | None = None,
+    model_class: Any = None,
+    dtype: torch.dtype | str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """Cut a transformers checkpoint into one file a rank, without a process group and one slice in memory at a time.
+
+    :func:`from_pretrained` then loads ``out`` at this degree, and each rank reads its own file only.
+
+    Args:
+        progress: is told (bytes done, bytes in all).
+    """
+    folder = open_folder(pretrained.locate(path_or_id))
+    folder.verify(0, 1)
+    where = folder.path if folder.path.is_dir() else folder.path.parent
+    model: Any = pretrained.build(where, model_class, dtype, {})
+    keys = match(model, folder.tensors)
+    pretrained.report(model, keys, folder, False, True)
+    initialise(model, keys, set(keys.missing), seed=0)
+    prepared = prepare(model, tp, given=plan)
+    extra = [f for f in sorted(where.iterdir()) if f.is_file() and f.suffix in (".json", ".txt", ".model")]
+    slices = prepared.rewriting.program.slices
+    step = _steps(progress, sum(value.nbytes for value in model.state_dict().values()))
+    extra = [f for f in extra if not f.name.endswith(".index.json") and f.name != "autotp_manifest.json"]
+    write_presliced(
+        model,
+        keys.tensors,
+        slices,
+        lambda r: prepared.rank(r, ""),
+        tp,
+        prepared.fingerprint,
+        Path(out),
+        extra,
+        step,
+    )
+    return prepared.plan
+
+
+def merge_checkpoint(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "50GB",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """The inverse of :func:`shard_checkpoint`, one tensor in memory at a time and without a process group."""
+    path = Path(directory)
+    if not is_presliced(path):
+        raise CheckpointError(f"{path}: was not written by autotp shard")
+    model = pretrained.build(path, None, None, {}) if (path / "config.json").exists() else None
+    total = 0 if model is None else sum(value.nbytes for value in model.state_dict().values())
+    merge(path, Path(out), model, max_shard_size, _steps(progress, total))
+
+
+def _steps(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    done = 0
+
+    def step(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(min(done, total), total)
+
+    return step
+
+
+def save_training_state(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Model, optimizer, scheduler and random state, through ``torch.distributed.checkpoint``; every rank calls it.
+
+    Args:
+        extra: plain values of your own (the number of the step), which :func:`load_training_state` gives back.
+    """
+    save_state(Path(path), model, sharding_of(model), optimizer, scheduler, extra or {})
+
+
+def load_training_state(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+) -> dict[str, Any]:
+    """Read what :func:`save_training_state` wrote, at this or any other degree; ``extra`` comes back.
+
+    Raises:
+        CheckpointError: it is another model's or another optimizer's.
+    """
+    return load_state(Path(path), model, sharding_of(model), optimizer, scheduler)
