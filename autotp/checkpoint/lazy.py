@@ -232,3 +232,26 @@ def sources(tensor: Lazy) -> list[Source]:
         return [origin]
     leaves, _ = tree_flatten((origin[1], origin[2]))
     return [s for leaf in leaves if isinstance(leaf, Lazy) for s in sources(leaf)]
+
+
+_VIEWS = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.select.int,
+    aten.unbind.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+}
+
+
+def storage_of(tensor: Lazy) -> Lazy:
+    """The tensor whose memory this one would be a view of."""
+    while isinstance(tensor._origin, tuple) and tensor._origin[0] in _VIEWS:
+        tensor = tensor._origin[1][0]
+    return tensor

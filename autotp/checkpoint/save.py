@@ -18,7 +18,7 @@ from .consensus import conclude
 from .folder import FORMAT, INDEX, MANIFEST, SINGLE, abandon, begin, finish, write_json
 from .gathered import Desk, whole_state
 from .keys import is_transformers
-from .lazy import Lazy, lazy, read
+from .lazy import Lazy, lazy, read, storage_of
 from .tensorfile import Writer
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -146,19 +146,26 @@ def write(
 
 
 def split(tensors: Mapping[str, Lazy], max_bytes: int) -> dict[str, list[str]]:
-    """Files and their keys, filled in order; a tensor that is larger than a file may be gets one of its own."""
+    """Files and their keys, filled in order; a tensor that is larger than a file may be gets one of its own.
+
+    Views of one memory (the experts of a stack) stay together, as in the files that transformers writes.
+    """
+    by_storage: dict[int, list[str]] = {}
+    for key, tensor in tensors.items():
+        by_storage.setdefault(id(storage_of(tensor)), []).append(key)
     groups: list[list[str]] = []
     current: list[str] = []
     size = 0
-    for key, tensor in tensors.items():
-        if tensor.nbytes > max_bytes:
-            groups.append([key])
+    for keys in by_storage.values():
+        nbytes = storage_of(tensors[keys[0]]).nbytes
+        if nbytes > max_bytes:
+            groups.append(keys)
             continue
-        if current and size + tensor.nbytes > max_bytes:
+        if current and size + nbytes > max_bytes:
             groups.append(current)
             current, size = [], 0
-        current.append(key)
-        size += tensor.nbytes
+        current += keys
+        size += nbytes
     if current or not groups:
         groups.append(current)
     if len(groups) == 1:
