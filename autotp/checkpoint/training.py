@@ -75,6 +75,9 @@ class Pieces(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        self._own = (
+            self._pieces
+        )  # asked for when it is loaded: then into all of each piece, not what would be written
         return [_chunk(piece) for piece in self._pieces]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
