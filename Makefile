@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+# Two workers: what one rank or process leaves of two cores, the other takes.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check

@@ -3,19 +3,14 @@
 model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
 """
 
-from autotp.api import (
-    from_pretrained,
-    full_state_dict,
-    load_checkpoint,
-    load_training_state,
-    merge_checkpoint,
-    parallelize,
-    plan,
-    save_pretrained,
-    save_training_state,
-    shard_checkpoint,
-)
-from autotp.axes.rules.registry import register_rule
+from autotp.api import full_state_dict, parallelize, plan
+from autotp.axes.check import RuleCheck, check_rule
+from autotp.axes.rules.context import OpContext
+from autotp.axes.rules.custom import register_rule, unregister_rule
+from autotp.checkpoint.load import from_pretrained, load_checkpoint
+from autotp.checkpoint.offline import merge_checkpoint, shard_checkpoint
+from autotp.checkpoint.save import save_pretrained
+from autotp.checkpoint.training import load_training_state, save_training_state
 from autotp.checkpoint.weightless import weightless
 from autotp.errors import (
     AutoTPError,
@@ -34,13 +29,16 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoTPError",
     "CheckpointError",
+    "OpContext",
     "Plan",
     "PlanError",
     "RankMismatchError",
     "RewriteError",
+    "RuleCheck",
     "RuleError",
     "TraceError",
     "VerifyError",
+    "check_rule",
     "from_pretrained",
     "full_state_dict",
     "load_checkpoint",
@@ -52,5 +50,6 @@ __all__ = [
     "save_pretrained",
     "save_training_state",
     "shard_checkpoint",
+    "unregister_rule",
     "weightless",
 ]

@@ -103,10 +103,10 @@ def shard(checkpoint: str, tp: int, out: Path, override: Path | None, dtype: str
 
     Needs no process group, and memory for one slice at a time.
     """
-    from autotp import api
+    from autotp.checkpoint.offline import shard_checkpoint
 
     with _progress("sharding") as step:
-        plan = api.shard_checkpoint(checkpoint, tp, out, plan=override, dtype=dtype, progress=step)
+        plan = shard_checkpoint(checkpoint, tp, out, plan=override, dtype=dtype, progress=step)
     click.echo(f"{out}: {tp} files, plan {plan.fingerprint}")
 
 
@@ -116,10 +116,10 @@ def shard(checkpoint: str, tp: int, out: Path, override: Path | None, dtype: str
 @click.option("--max-shard-size", default="50GB", show_default=True, help="Of a file; several get an index.")
 def merge(directory: Path, out: Path, max_shard_size: str) -> None:
     """Write the ordinary checkpoint that DIRECTORY was cut from by the shard command."""
-    from autotp import api
+    from autotp.checkpoint.offline import merge_checkpoint
 
     with _progress("merging") as step:
-        api.merge_checkpoint(directory, out, max_shard_size=max_shard_size, progress=step)
+        merge_checkpoint(directory, out, max_shard_size=max_shard_size, progress=step)
     click.echo(str(out))
 
 

@@ -5,6 +5,8 @@ A message says what failed, where (module, op, ``file:line``), the numbers, and 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AutoTPError(Exception):
     """Root of all errors that autotp raises on purpose. The model is as it was when one is raised."""
@@ -28,13 +30,21 @@ class PlanError(AutoTPError):
 class RewriteError(AutoTPError):
     """The planned sharding cannot be expressed in the model's code.
 
-    ``module`` (its fqn) is where, and ``keys`` which axes stand in the way, as far as that is known.
+    ``module`` (its fqn) is where, ``keys`` which axes stand in the way, and ``places`` which module boundaries and
+    expressions of the source cannot be used as planned (others may do), as far as that is known.
     """
 
-    def __init__(self, text: str, module: str | None = None, keys: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        text: str,
+        module: str | None = None,
+        keys: frozenset[str] = frozenset(),
+        places: frozenset[Any] = frozenset(),
+    ) -> None:
         super().__init__(text)
         self.module = module
         self.keys = keys
+        self.places = places
 
 
 class VerifyError(RewriteError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,15 @@ from .plan.planner import Choice, choose
 from .rewrite.anchors import Anchors
 from .rewrite.apply import LocalConstants
 from .rewrite.bind import Rank
+from .rewrite.folding import unlike
+from .rewrite.steps import Enter
 from .rewrite.trial import Rewriting, groups_of, rewrite_and_verify
 from .rewrite.views import another_view, first_view
 from .runtime.mesh import Verdict, agree
 from .trace.capture import trace
+from .trace.fold import Folds
 from .trace.graph import Trace
+from .trace.library import is_transformers
 from .trace.scenario import Scenario, scenarios, trace_model
 from .trace.skeleton import skeleton
 
@@ -78,14 +82,38 @@ def prepare(
     overrides = Overrides.load(given)
     wanted = scenarios(model, example_inputs)
     traces, folds = trace_model(model, wanted)
-    if overrides.splits(model, folds):  # some of the layers that were folded into one are placed otherwise
-        traces, folds = trace_model(model, wanted, folded=False)
+    if not overrides.splits(model, folds):
+        try:
+            return _prepared(model, tp, wanted, traces, folds, overrides, strict, verify, mesh)
+        except _UnlikeError:
+            pass
+    # some of the layers that were folded into one are placed otherwise, or come by their inputs in another way
+    traces, folds = trace_model(model, wanted, folded=False)
+    return _prepared(model, tp, wanted, traces, folds, overrides, strict, verify, mesh)
+
+
+class _UnlikeError(Exception):
+    """One layer cannot stand for those that it was folded with."""
+
+
+def _prepared(
+    model: nn.Module,
+    tp: int,
+    wanted: Sequence[Scenario],
+    traces: Sequence[Trace],
+    folds: Folds,
+    overrides: Overrides,
+    strict: bool,
+    verify: bool,
+    mesh: DeviceMesh | None,
+) -> Prepared:
     analyses = [analyse(t) for t in traces]
     analysis = analyses[0]
     anchors = Anchors(traces[0])
     allow, require = overrides.apply(analysis, folds, model, tp)
     excluded: dict[str, str] = {}
-    for _ in range(MOST_ATTEMPTS):
+    attempts = 0
+    while True:
         choice = choose(
             analysis,
             tp,
@@ -98,7 +126,7 @@ def prepare(
         rewriting: Rewriting | None = None
         failure: RewriteError | None = None
         try:
-            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, tp, ranks, verify)
+            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, folds, tp, ranks, verify)
         except RewriteError as error:
             failure = error
         diff = rewriting.diff if rewriting is not None else ""
@@ -107,13 +135,16 @@ def prepare(
         if failure is None:
             assert rewriting is not None
             break
+        if failure.places - anchors.barred:
+            anchors = Anchors(traces[0], anchors.barred | failure.places)
+            continue
         culprits = _culprits(analysis, choice, failure)
         if strict or not culprits:
             raise failure
-        for candidate in culprits:
-            excluded[candidate.key] = str(failure)
-    else:
-        raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
+        attempts += 1
+        excluded.update((candidate.key, str(failure)) for candidate in culprits)
+        if attempts == MOST_ATTEMPTS:
+            raise RewriteError("the model could not be rewritten: " + "; ".join(dict.fromkeys(excluded.values())))
     gathers = _gathers(analysis, choice)
     if strict:
         _refuse_replicated(analysis, choice, gathers, tp)
@@ -138,9 +169,9 @@ def _agree(
     """One rank's failure is everyone's: the first of them, and the patches of rank 0."""
     error = None if failure is None else (str(failure), failure.module, tuple(sorted(failure.keys)))
     verdicts = agree(mesh, Verdict("attempt", fingerprint, error=error, diff=diff))
-    failures = [verdict.error for verdict in verdicts if verdict.error is not None]
-    if failures and failures[0] != error:
-        text, module, keys = failures[0]
+    failures = [verdict.error for verdict in verdicts]
+    if any(other != error for other in failures):  # its places mean nothing to a rank that did not meet it
+        text, module, keys = next(found for found in failures if found is not None)
         failure = RewriteError(text, module, frozenset(keys))
     return failure, verdicts[0].diff
 
@@ -150,6 +181,7 @@ def _rewrite(
     choice: Choice,
     anchors: Anchors,
     scenarios: Mapping[str, Scenario],
+    folds: Folds,
     tp: int,
     ranks: Sequence[int],
     verify: bool,
@@ -165,27 +197,38 @@ def _rewrite(
         another_view(main, a, retrace(a.trace.scenario), gradients=a.trace.scenario != "decode")
         for a in analyses[1:]
     ]
+    enters = any(isinstance(step, Enter) for wrap in main.program.wraps for step in wrap.steps)
+    if enters and is_transformers(base):  # a patch that runs only where there is a mask would be missed without one
+        first = analyses[0].trace.scenario
+        scenarios = {**scenarios, "unmasked": replace(scenarios[first], name="unmasked")}
+        found = analyse(retrace("unmasked")(base))
+        others.append(another_view(main, found, retrace("unmasked"), gradients=True))
+    if any(unlike(view, folds, tp) for view in (main, *(view for view, _ in others))):
+        raise _UnlikeError
     return rewrite_and_verify(lambda: skeleton(base), main, others, tp, ranks, verify=verify)
 
 
 def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:
     """The sharded axes in the error's way: those that it names, else those that ops of its module touch, else of the
-    modules inside that one."""
+    modules inside that one, else of the module around it (a ReLU works on a whole value, which others shard)."""
     if error.keys:
         return [c for c in choice.candidates if c.key in error.keys]
-    if error.module is None:
-        return []
-    own: set[Atom] = set()
-    inner: set[Atom] = set()
-    for node, info in analysis.ops.items():
-        module = node.meta.get("module", "")
-        found = own if module == error.module else inner if module.startswith(f"{error.module}.") else None
-        if found is not None:
-            for dims in (*info.out, *(operand.dims for operand in info.operands)):
-                found |= set(atoms_of(dims))
-    return [c for c in choice.candidates if own & set(c.atoms)] or [
-        c for c in choice.candidates if inner & set(c.atoms)
-    ]
+    module = error.module
+    while module is not None:
+        own: set[Atom] = set()
+        inner: set[Atom] = set()
+        for node, info in analysis.ops.items():
+            where = node.meta.get("module", "")
+            found = own if where == module else inner if where.startswith(f"{module}." if module else "") else None
+            if found is not None:
+                for dims in (*info.out, *(operand.dims for operand in info.operands)):
+                    found |= set(atoms_of(dims))
+        for atoms in (own, inner):
+            culprits = [c for c in choice.candidates if atoms & set(c.atoms)]
+            if culprits:
+                return culprits
+        module = module.rpartition(".")[0] if module else None
+    return []
 
 
 def _gathers(analysis: Analysis, choice: Choice) -> list[str]:

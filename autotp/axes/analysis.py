@@ -12,7 +12,8 @@ keeps is that the batch and sequence dims of the inputs are frozen.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import fx
 
 import autotp.axes.rules  # noqa: F401  registers the rules
+from autotp.axes.rules.factory import FILLS
 from autotp.axes.rules.registry import (
     NOT_LINEAR,
     Linear,
@@ -32,13 +34,19 @@ from autotp.axes.rules.registry import (
     is_tensor_node,
     output_shapes,
 )
-from autotp.axes.term import Atom, CannotUnify, Dim, Solver, atoms_of, repeated_atoms
+from autotp.axes.term import Atom, CannotUnify, Cat, Dim, Solver, atoms_of, repeated_atoms, units_in
 from autotp.errors import RuleError
+from autotp.trace.provenance import Dim as Size
+from autotp.trace.provenance import Expr, expression
+from autotp.trace.provenance import Op as Computed
 
 if TYPE_CHECKING:
     from autotp.trace.graph import Trace
 
 __all__ = ["Analysis", "Linear", "Note", "OpInfo", "Operand", "analyse", "repeated_atoms"]
+
+
+_CUTS = frozenset(("aten.slice.Tensor", "aten.slice_copy.Tensor", "aten.narrow.default", "aten.narrow_copy.default"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,9 @@ class OpInfo:
         frozenset()
     )  # operands added to the contraction (a bias): once, if the output is Partial
     random: bool = False
+    averaged: bool = False  # the contraction is a mean: an addend is scaled by the rank's share of the elements
     mutates: int | None = None
+    units: tuple[tuple[Dim, int], ...] = ()  # local sizes of the dim are multiples of the number
     localize: Localize | None = (
         None  # args and kwargs of a rank, given the local size of a dim; None: unchanged
     )
@@ -91,6 +101,15 @@ class Analysis:
         """Whether no atom of a resolved dim may be sharded."""
         return all(atom in self.frozen for atom in atoms_of(dim))
 
+    def units(self) -> Mapping[Atom, int]:
+        """Axes of which a rank gets whole units only, as a kernel asks for, and the elements of one."""
+        found: dict[Atom, int] = {}
+        for info in self.ops.values():
+            for dim, unit in info.units:
+                for atom, n in units_in(dim, unit):
+                    found[atom] = math.lcm(found.get(atom, 1), n)
+        return found
+
     def param_dims(self, fqn: str) -> tuple[Dim, ...]:
         """The dims of a parameter or buffer."""
         fqn = self.trace.aliases.get(fqn, fqn)
@@ -120,6 +139,13 @@ class _Walk:
                 self.op(node)
         for node in self.ops:
             self.hold_mutated(node)
+            self.hold_cut(node)
+        used = {operand.node for info in self.ops.values() for operand in info.operands}
+        for node in params:
+            for dim in self.dims[node][0]:
+                self.hold_rest(dim)
+                if node not in used:  # by a branch that was not taken, or by nobody: how it would be used is not known
+                    self.solver.freeze(dim)
         for node, outputs in self.dims.items():
             if node not in self.derived:
                 for dims in outputs:
@@ -136,12 +162,11 @@ class _Walk:
         outputs = []
         for value, shape in zip(values, output_shapes(node), strict=True):
             floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-            outputs.append(
-                tuple(
-                    self.solver.fresh(n, frozen=is_input and not (floating and d == len(shape) - 1))
-                    for d, n in enumerate(shape)
-                )
-            )
+            dims = tuple(self.solver.fresh(n) for n in shape)
+            for d, dim in enumerate(dims):
+                if is_input and not (floating and d == len(shape) - 1):
+                    self.solver.vary(dim)
+            outputs.append(dims)
         self.dims[node] = tuple(outputs)
 
     def consume(self, user: fx.Node, node: fx.Node) -> tuple[tuple[Dim, ...], ...]:
@@ -181,8 +206,8 @@ class _Walk:
         self.dims[node] = context.results
         self.ops[node] = OpInfo(
             operands, context.results, frozenset(context.whole_results), tuple(context.contracted), linear,
-            context.added_operands, context.is_random, context.mutated,
-            self.resolved_localize(context.localizer()),
+            context.added_operands, context.is_random, context.is_mean, context.mutated,
+            tuple(context.units), self.resolved_localize(context.localizer()),
         )  # fmt: skip
 
     def where(self, node: fx.Node) -> str:
@@ -220,6 +245,36 @@ class _Walk:
             if arg in self.ops:
                 queue += [(arg, base) for base, _ in aliased_args(arg)]
 
+    def hold_cut(self, node: fx.Node) -> None:
+        """``table[:t]``: where a dim is cut at a place that each call says anew, no part of it is an axis.
+
+        What is traced with 5 of 11 positions would have its other 6 sharded, which a longer sequence then needs.
+        """
+        call = node.meta.get("call")
+        if node not in self.derived or str(node.target) not in _CUTS or call is None:
+            return
+        cuts = {a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int)}
+        if any(value in cuts and self.depends_on_call(expression(value)) for _, value in call.ints):
+            operand = self.ops[node].operands[0]
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            assert isinstance(dim, int)
+            self.solver.freeze(self.dims[operand.node][operand.output][dim])
+
+    def depends_on_call(self, expr: Expr) -> bool:
+        """Whether a number is computed from a size that varies."""
+        if isinstance(expr, Size):
+            return expr.node in self.dims and self.solver.varies(self.dims[expr.node][0][expr.dim])
+        return isinstance(expr, Computed) and any(map(self.depends_on_call, expr.args))
+
+    def hold_rest(self, dim: Dim) -> None:
+        """``(t | rest)``: with one part of as many elements as the call has positions, the others are what is left."""
+        for factor in self.solver.resolve(dim):
+            if isinstance(factor, Cat):
+                if any(self.solver.varies(part) for part in factor.parts):
+                    self.solver.freeze((factor,))
+                for part in factor.parts:
+                    self.hold_rest(part)
+
     def sizes(self, dims: Iterable[Dim]) -> list[int]:
         return [self.solver.size(dim) for dim in dims]
 
@@ -251,6 +306,7 @@ class _Walk:
                 operands=tuple(replace(o, dims=all_of(o.dims)) for o in info.operands),
                 out=tuple(all_of(dims) for dims in info.out),
                 contracted=all_of(info.contracted),
+                units=tuple((resolve(dim), unit) for dim, unit in info.units),
             )
             for node, info in self.ops.items()
         }
@@ -289,8 +345,32 @@ def _aliases(target: torch._ops.OpOverload) -> tuple[tuple[int, str, bool], ...]
 
 
 def derived_nodes(trace: Trace) -> set[fx.Node]:
-    """The nodes that depend on a parameter, and those that ops on such nodes write into (a cache)."""
-    derived = {node for name, node in trace.params.items() if name not in trace.is_buffer}
+    """The nodes that depend on a parameter, those that ops on such nodes write into (a cache), the buffers that go with
+    a module's parameters (`own_buffers`), and constant fills for one such op (the initial state of a scan), which a
+    rank makes as large as it needs."""
+    derived = _dependents(trace, {node for name, node in trace.params.items() if name not in trace.is_buffer})
+    fills = {n for n in trace.graph.nodes if n.target in FILLS and len(n.users) == 1 and derived.issuperset(n.users)}
+    return derived | own_buffers(trace, derived) | fills
+
+
+def own_buffers(trace: Trace, derived: Set[fx.Node]) -> set[fx.Node]:
+    """The buffers that only ops on parameters use, and only in the module that holds them: a batch norm's statistics.
+
+    Such a buffer has the axes of its module's parameters and is sliced as they are. One that is shared by layers, or
+    that other constants are computed from (a rotary table, a mask), is whole on every rank, and cloned.
+    """
+    found = set()
+    for fqn in trace.is_buffer:
+        node, module = trace.params[fqn], fqn.rpartition(".")[0]
+        users = list(node.users)
+        if node.meta["val"].is_floating_point() and users and fqn not in trace.aliases.values():
+            if all(user in derived and user.meta.get("module") == module for user in users):
+                found.add(node)
+    return found
+
+
+def _dependents(trace: Trace, roots: set[fx.Node]) -> set[fx.Node]:
+    derived = set(roots)
     nodes = list(trace.graph.nodes)
     changed = True
     while changed:

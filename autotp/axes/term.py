@@ -15,13 +15,13 @@ equal Python values.
 Equality asked for by `unify` is made *syntactic*: the solver may refuse (`CannotUnify`) what some cleverer
 refinement would allow, but what it accepts, holds. A frozen atom is never sharded, so nothing needs to be
 known of its structure: a frozen dim unifies with any dim of its size, which becomes frozen, and neither is
-refined.
+refined. A *varying* atom is a frozen one whose size is the batch's or the sequence's, another one at each call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from autotp.axes.dim import (
@@ -64,6 +64,7 @@ class Solver:
         self._next = 0
         self._bound: dict[Atom, Dim] = {}
         self._frozen: dict[Atom, bool] = {}
+        self._varying: dict[Atom, bool] = {}
         self._trail: list[tuple[dict[Atom, Any], Atom, Any]] = []
         self._steps = 0
 
@@ -132,10 +133,15 @@ class Solver:
     def clone(self, dims: Sequence[Dim]) -> tuple[Dim, ...]:
         """Dims of the same sizes with atoms of their own, for one use of a value that is whole on every rank.
 
-        What is frozen stays frozen. Structure is not kept: whichever slice the use needs can be cut from the
-        whole value. (ALiBi slopes of 6 heads are made as 4 and 2; that must not cut the heads so.)
+        What is frozen stays frozen, and what varies varies. Structure is not kept: whichever slice the use
+        needs can be cut from the whole value. (ALiBi slopes of 6 heads are made as 4 and 2; that must not cut
+        the heads so.)
         """
-        return tuple(self.fresh(size_of(dim), frozen=self.is_frozen(dim)) for dim in dims)
+        clones = tuple(self.fresh(size_of(dim), frozen=self.is_frozen(dim)) for dim in dims)
+        for dim, clone in zip(dims, clones, strict=True):
+            if self.is_frozen(dim) and self.varies(dim):  # batch times heads can be heads by rank
+                self.vary(clone)
+        return clones
 
     # ---- freezing
 
@@ -148,6 +154,17 @@ class Solver:
     def is_frozen(self, dim: Dim) -> bool:
         """Whether all of the dim's atoms are frozen (as those of a dim of size 1 are)."""
         return all(atom in self._frozen for atom in atoms_of(self.resolve(dim)))
+
+    def vary(self, dim: Dim) -> None:
+        """Each call has another number of this dim's elements; it is frozen, too."""
+        self.freeze(dim)
+        for atom in atoms_of(self.resolve(dim)):
+            if atom not in self._varying:
+                self._set(self._varying, atom, True)
+
+    def varies(self, dim: Dim) -> bool:
+        """Whether an atom of this dim varies."""
+        return bool(self._varying) and any(atom in self._varying for atom in atoms_of(self.resolve(dim)))
 
     def frozen_atoms(self) -> frozenset[Atom]:
         """All frozen atoms."""
@@ -222,6 +239,8 @@ class Solver:
             raise CannotUnify(f"{atom} would contain itself: {show(dim)}")
         if atom in self._frozen:
             self.freeze(dim)
+        if atom in self._varying:
+            self.vary(dim)
         self._set(self._bound, atom, dim)
 
     def _step(self) -> None:
@@ -239,6 +258,9 @@ class Solver:
         for one, other in ((a, b), (b, a)):
             if any(atoms_of(one)) and self.is_frozen(one):  # (1 | 1 | 1) has no atoms
                 self.freeze(other)
+                if self.varies(one) or self.varies(other):
+                    self.vary(one)
+                    self.vary(other)
                 return
         while a[-1] == b[-1]:
             a, b = a[:-1], b[:-1]
@@ -410,3 +432,16 @@ def _grouped(parts: Sequence[Dim], inner: int) -> list[Dim]:
             groups.append(concat(group))
             group = []
     return groups
+
+
+def units_in(dim: Dim, unit: int) -> Iterator[tuple[Atom, int]]:
+    """How each atom of a dim has to be split so that what is left of the dim is a multiple of `unit`."""
+    inner = 1
+    for factor in reversed(dim):
+        own = unit // math.gcd(unit, inner)
+        if isinstance(factor, Cat):
+            for part in factor.parts:
+                yield from units_in(part, own)
+        elif own > 1:
+            yield factor, own
+        inner *= size_of((factor,))

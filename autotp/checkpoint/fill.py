@@ -13,7 +13,7 @@ from ..axes.layout import runs
 from ..axes.term import Dim
 from ..errors import CheckpointError
 from ..rewrite.bind import Rank
-from ..rewrite.state import Sharding
+from ..rewrite.state import Sharding, dims_by_id
 from .keys import Keys, place
 from .lazy import Lazy, lazy, read_into
 from .tensorfile import Box, take, whole_box
@@ -25,7 +25,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Lazy], sharding: Sharding | Non
     Raises:
         CheckpointError: a file cannot be read, or its shapes are not the model's.
     """
-    dims_of = dims_by_id(model, sharding)
+    dims_of = {} if sharding is None else dims_by_id(model, sharding.dims)
     done: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in done or name not in tensors:
@@ -40,14 +40,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Lazy], sharding: Sharding | Non
                 f"be {shape}"
             )
         read_into(source, box, value.detach())
-
-
-def dims_by_id(model: nn.Module, sharding: Sharding | None) -> dict[int, tuple[Dim, ...]]:
-    """The dims of each sharded parameter, by its id: tied ones have several names."""
-    if sharding is None:
-        return {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {id(parameters[fqn]): dims for fqn, dims in sharding.dims.items() if fqn in parameters}
 
 
 def box_of(dims: tuple[Dim, ...] | None, rank: Rank | None, shape: torch.Size) -> Box:

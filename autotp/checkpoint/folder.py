@@ -28,6 +28,11 @@ class Folder:
     tensors: Mapping[str, FileTensor]
     crc32: Mapping[str, int]
 
+    @property
+    def directory(self) -> Path:
+        """Where the config and other files are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def verify(self, part: int, parts: int) -> None:
         """Compare one of ``parts`` shares of the tensors with the checksums that were noted when they were written.
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from ..axes.layout import local_shape, merge, owners
 from ..axes.term import Dim, size_of
 from ..rewrite.bind import Rank
-from ..rewrite.state import Sharding
+from ..rewrite.state import Sharding, dims_by_id
 from ..runtime.group import get_group
-from .fill import dims_by_id
 from .tensorfile import Box, take
 
 
@@ -90,7 +89,7 @@ class Gathered:
 def whole_state(model: nn.Module, sharding: Sharding | None) -> tuple[dict[str, Gathered], Desk]:
     """Every name of the state dict, tied ones several times with one source."""
     desk = Desk(None if sharding is None else sharding.rank)
-    dims_of = dims_by_id(model, sharding)
+    dims_of = {} if sharding is None else dims_by_id(model, sharding.dims)
     made: dict[int, Gathered] = {}
     found: dict[str, Gathered] = {}
     for name, value in model.state_dict(keep_vars=True).items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..axes.term import Dim
 from ..errors import CheckpointError
 from ..rewrite.bind import Rank
+from ..rewrite.state import dims_by_id
 from .fill import box_of
 from .folder import FORMAT, Folder, abandon, begin, finish, read_json, write_json
 from .gathered import Desk
@@ -45,8 +46,7 @@ def write_presliced(
     progress: Callable[[int], None],
 ) -> None:
     """Write every rank's file, one slice in memory at a time."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    dims_of = {id(parameters[fqn]): dims for fqn, dims in slices.items() if fqn in parameters}
+    dims_of = dims_by_id(model, slices)
     values = model.state_dict(keep_vars=True)
     kept = _without_ties(model, values)
     boxes = {

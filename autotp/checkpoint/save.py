@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..rewrite.state import Sharding
+from ..rewrite.state import Sharding, sharding_of
 from ..runtime.group import get_group
 from .consensus import conclude
 from .folder import FORMAT, INDEX, MANIFEST, SINGLE, abandon, begin, finish, write_json
@@ -30,35 +31,40 @@ def is_ours(name: str) -> bool:
     return name in (SINGLE, INDEX, MANIFEST) or _FILE.fullmatch(name) is not None
 
 
-def save_model(
+def save_pretrained(
     model: nn.Module,
-    folder: Path,
-    sharding: Sharding | None,
+    directory: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "50GB",
-    config: Any = None,
-    original_format: bool = True,
+    save_original_format: bool = True,
 ) -> None:
-    """Write the checkpoint and put it in the place of the one before, if there is one: all of it, or nothing.
+    """Write the ordinary, unsharded checkpoint: what transformers or ``load_state_dict`` of the plain model load.
 
-    Files are spread over the ranks; each tensor goes to the rank that writes its file, and to no other. Of several
-    replicas of a sharded model the one with global rank 0 writes.
+    Every rank calls it. One tensor at a time is gathered, to the rank that writes its file: files are spread over the
+    ranks; of several replicas of a sharded model the one with global rank 0 writes. A directory that exists is
+    replaced in one step when all is on disk; killed before, it is as it was. Other files in it stay.
+
+    Args:
+        max_shard_size: of a file; with more than one there is an index.
+        save_original_format: undo transformers' conversions (stacked experts become one tensor an expert again).
 
     Raises:
-        CheckpointError: on every rank; what was in ``folder`` is as it was.
+        CheckpointError: on every rank (a full disk, say); the directory is as it was.
     """
+    sharding = sharding_of(model)
+    config = None if sharding is None else sharding.config
     names, desk = whole_state(model, sharding)
     kept = _without_ties(model, {name: source.value for name, source in names.items()})
     made: dict[int, Lazy] = {}
     tensors = {name: made.setdefault(id(names[name]), lazy(names[name])) for name in kept}
-    if original_format and is_transformers(model):
+    if save_original_format and is_transformers(model):
         tensors = _original(model, tensors, config)
 
     def extras(target: Path) -> None:
         if is_transformers(model):
             _save_config(model, target, config)
 
-    write(tensors, folder, desk, sharding, shard_bytes(max_shard_size), extras)
+    write(tensors, Path(directory), desk, sharding, shard_bytes(max_shard_size), extras)
 
 
 def write(

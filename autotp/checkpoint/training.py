@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,7 @@ from ..axes.layout import indices_of, runs
 from ..axes.term import Dim, size_of
 from ..errors import CheckpointError
 from ..rewrite.bind import Rank
-from ..rewrite.state import Sharding
-from .fill import dims_by_id
+from ..rewrite.state import Sharding, dims_by_id, sharding_of
 
 Piece = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """(global offset, local offset, sizes)."""
@@ -149,20 +149,24 @@ JSON, RNG = (
 )  # what is no tensor is text in a tensor of bytes, so that nothing is pickled
 
 
-def save_state(
-    path: Path,
+def save_training_state(
+    path: str | os.PathLike[str],
     model: nn.Module,
-    sharding: Sharding | None,
-    optimizer: Any,
-    scheduler: Any,
-    extra: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write it; a collective call."""
+    """Model, optimizer, scheduler and random state, through ``torch.distributed.checkpoint``; every rank calls it.
+
+    Args:
+        extra: plain values of your own (the number of the step), which :func:`load_training_state` gives back.
+    """
+    sharding = sharding_of(model)
     state = _model_state(model, sharding)
     groups: list[dict[str, Any]] = []
     if optimizer is not None:
         names = _names(model)
-        dims_of = dims_by_id(model, sharding)
+        dims_of = _dims_of(model, sharding)
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 if not isinstance(value, Tensor):
@@ -176,7 +180,7 @@ def save_state(
     plain = {
         "groups": groups,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "extra": dict(extra),
+        "extra": dict(extra or {}),
     }
     try:
         text = json.dumps(plain).encode()
@@ -189,10 +193,19 @@ def save_state(
     dcp_save(state, checkpoint_id=path)
 
 
-def load_state(
-    path: Path, model: nn.Module, sharding: Sharding | None, optimizer: Any, scheduler: Any
+def load_training_state(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
 ) -> dict[str, Any]:
-    """Read it into the model, the optimizer and the scheduler; what was given as ``extra``."""
+    """Read what :func:`save_training_state` wrote, at this or any other degree; ``extra`` comes back.
+
+    Raises:
+        CheckpointError: it is another model's or another optimizer's.
+    """
+    path = Path(path)
+    sharding = sharding_of(model)
     if not (path / ".metadata").exists():
         raise CheckpointError(f"{path}: has no .metadata: it is no training state, or an unfinished one")
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -200,7 +213,7 @@ def load_state(
     names = _names(model)
     kept: dict[str, dict[str, Tensor]] = {}
     if optimizer is not None:
-        dims_of = dims_by_id(model, sharding)
+        dims_of = _dims_of(model, sharding)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
@@ -258,12 +271,16 @@ def _restore(
                 optimizer.state[parameter] = found
 
 
+def _dims_of(model: nn.Module, sharding: Sharding | None) -> Mapping[int, tuple[Dim, ...]]:
+    return {} if sharding is None else dims_by_id(model, sharding.dims)
+
+
 def _names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
 def _model_state(model: nn.Module, sharding: Sharding | None) -> dict[str, Tensor]:
-    dims_of = dims_by_id(model, sharding)
+    dims_of = _dims_of(model, sharding)
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():

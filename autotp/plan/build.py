@@ -170,6 +170,8 @@ class _Builder:
         atoms = list(dict.fromkeys(atoms_of(self.analysis.dims[node][0])))
         if not atoms:
             return "a single element"
+        if not any(operand.node is node for info in self.analysis.ops.values() for operand in info.operands):
+            return "nothing in the traced forward uses it"
         for user, _ in self.uses.ends(node):
             for operand in self.analysis.ops[user].operands:
                 if operand.node is node and not set(atoms) <= set(atoms_of(operand.dims)):

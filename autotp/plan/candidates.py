@@ -10,12 +10,16 @@ concatenation do not meet (``(H·D | F)`` may shard H and F both).
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..axes.analysis import Analysis
+import torch
+from torch import fx
+
+from ..axes.analysis import Analysis, aliased_args
 from ..axes.term import Atom, Cat, Dim
 
 Range = tuple[int, int]
@@ -43,10 +47,13 @@ class Candidate:
         return n
 
 
-def split_evenly(n: int, parts: int) -> tuple[Range, ...]:
-    """``n`` elements over ``parts``, the first ``n % parts`` get one more: 6 over 4 is 2, 2, 1, 1."""
-    q, r = divmod(n, parts)
-    bounds = [i * q + min(i, r) for i in range(parts + 1)]
+def split_evenly(n: int, parts: int, unit: int = 1) -> tuple[Range, ...]:
+    """``n`` elements over ``parts``, the first ``n % parts`` get one more: 6 over 4 is 2, 2, 1, 1.
+
+    In whole units of 4, 24 over 4 is 8, 8, 4, 4.
+    """
+    q, r = divmod(n // unit, parts)
+    bounds = [unit * (i * q + min(i, r)) for i in range(parts + 1)]
     return tuple(zip(bounds, bounds[1:], strict=False))
 
 
@@ -116,39 +123,75 @@ def axis_keys(analysis: Analysis) -> dict[Atom, str]:
 
 def candidates(analysis: Analysis, tp: int) -> tuple[Candidate, ...]:
     """Every axis, and every nested pair of axes, of the model's parameters that ``tp`` ranks can share."""
-    keys = axis_keys(analysis)
-    frozen = analysis.frozen | _gathered_weights(analysis)
+    keys, units = axis_keys(analysis), analysis.units()
+    frozen = analysis.frozen | _gathered_weights(analysis) | _cut_away(analysis)
     found: dict[tuple[Atom, ...], Candidate] = {}
     for fqn, node in analysis.trace.params.items():
         if fqn in analysis.trace.is_buffer:
             continue
         dims = analysis.dims[node][0]
         for atom in atoms_of(dims):
-            if atom not in frozen and atom.size >= tp:
-                found.setdefault((atom,), Candidate((atom,), (split_evenly(atom.size, tp),), keys[atom]))
+            unit = units.get(atom, 1)
+            if atom not in frozen and atom.size >= tp * unit and atom.size % unit == 0:
+                ranges = split_evenly(atom.size, tp, unit)
+                found.setdefault((atom,), Candidate((atom,), (ranges,), keys[atom]))
         for dim in dims:
             for outer, inner in _neighbours(dim):
                 if outer in frozen or inner in frozen or not 1 < outer.size < tp <= outer.size * inner.size:
                     continue
                 if inner.size < -(-tp // outer.size):
                     continue
-                ranges = split_nested(outer.size, inner.size, tp)
+                if units.get(inner, 1) > 1:
+                    continue  # split_nested knows no units
+                nested = split_nested(outer.size, inner.size, tp)
                 found.setdefault(
-                    (outer, inner), Candidate((outer, inner), ranges, f"{keys[outer]} {keys[inner]}")
+                    (outer, inner), Candidate((outer, inner), nested, f"{keys[outer]} {keys[inner]}")
                 )
     return tuple(found.values())
 
 
+def _cut_away(analysis: Analysis) -> frozenset[Atom]:
+    """The parts of concatenations that no op takes by themselves: the rows of a position table beyond the traced
+    length. With a longer input they are used, by ops that nobody saw."""
+    params = set(analysis.trace.params.values())
+    used = {
+        factor
+        for node, outputs in analysis.dims.items()
+        if node not in params
+        for dims in outputs
+        for dim in dims
+        for factor in dim
+        if isinstance(factor, Atom)
+    }
+    joined = {
+        atom
+        for node in params
+        for dim in analysis.dims[node][0]
+        for factor in dim
+        if isinstance(factor, Cat)
+        for atom in atoms_of([(factor,)])
+    }
+    return frozenset(joined - used)
+
+
 def _gathered_weights(analysis: Analysis) -> frozenset[Atom]:
     """Axes of a parameter that a use of it needs whole: sharding them would mean gathering a weight at each forward."""
-    params = set(analysis.trace.params.values())
-    return frozenset(
-        atom
-        for info in analysis.ops.values()
-        for operand in info.operands
-        if operand.node in params
-        for atom in set(atoms_of(analysis.dims[operand.node][0])) - set(atoms_of(operand.dims))
-    )
+    return frozenset(atom for _, atoms in gathered_weights(analysis) for atom in atoms)
+
+
+def gathered_weights(analysis: Analysis) -> Iterator[tuple[fx.Node, set[Atom]]]:
+    """Each op that needs axes of a weight whole, and those. A weight that is transposed, or viewed, is one."""
+    weights = {node: math.prod(node.meta["val"].shape) for node in analysis.trace.params.values()}
+    for node, info in analysis.ops.items():
+        for operand in info.operands:
+            if operand.node in weights:
+                made = set(atoms_of(analysis.dims[operand.node][operand.output]))
+                if gathered := made - set(atoms_of(operand.dims)):
+                    yield node, gathered
+        viewed = [arg for arg, writes in aliased_args(node) if not writes and arg in weights]
+        value = node.meta.get("val")
+        if viewed and isinstance(value, torch.Tensor) and math.prod(value.shape) == weights[viewed[0]]:
+            weights[node] = weights[viewed[0]]
 
 
 def sharded_share(dims: Iterable[Dim], sharded: frozenset[Atom]) -> float:

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..axes.analysis import Analysis
 from ..axes.term import Atom, Dim
-from .candidates import Candidate, atoms_of, candidates, conflicts, meetings
+from .candidates import Candidate, atoms_of, candidates, conflicts, gathered_weights, meetings
 
 
 class Obstacles:
@@ -57,6 +57,10 @@ class Obstacles:
                         return f"{self.place(node)} has the axis (of {sizes}) on two dims of one tensor"
         if free and all(a.size < self.tp for a in free):
             return f"the axis has {sizes} elements, fewer than tp={self.tp}"
+        units = self.analysis.units()
+        if free and all(a.size < self.tp * units.get(a, 1) or a.size % units.get(a, 1) for a in free):
+            unit = ", ".join(str(units[a]) for a in sorted(free, key=lambda a: a.id) if a in units)
+            return f"the axis has {sizes} elements, which a kernel takes in units of {unit}: tp={self.tp} has no split"
         for note in self.analysis.notes:
             info = self.analysis.ops[note.node]
             if any(atoms & set(atoms_of(operand.dims)) for operand in info.operands):
@@ -76,14 +80,7 @@ class Obstacles:
 
     def _needed_whole(self, atoms: frozenset[Atom]) -> fx.Node | None:
         """The first op that gathers one of these axes of a parameter."""
-        params = set(self.analysis.trace.params.values())
-        for node, info in self.analysis.ops.items():
-            for operand in info.operands:
-                if operand.node in params:
-                    made = set(atoms_of(self.analysis.dims[operand.node][operand.output]))
-                    if atoms & (made - set(atoms_of(operand.dims))):
-                        return node
-        return None
+        return next((node for node, gathered in gathered_weights(self.analysis) if atoms & gathered), None)
 
     def _values(self) -> Iterator[tuple[fx.Node, tuple[Dim, ...]]]:
         for node, info in self.analysis.ops.items():

@@ -7,7 +7,8 @@ A YAML file (or a mapping) of glob patterns over the names of modules or paramet
       lm_head: replicate
 
 ``column``: the output dim of each matched weight is sharded; ``row``: its input dim; ``vocab``: the
-vocabulary of an embedding; ``shard``: any dim; ``replicate``: none, and as an axis is sharded everywhere or
+vocabulary of an embedding; ``shard``: any dim; ``shard(0)``: that dim (of stacked experts, the experts themselves:
+expert parallelism); ``replicate``: none, and as an axis is sharded everywhere or
 nowhere, no other parameter that holds the same axis either. A whole plan, as `Plan.to_yaml` writes it, is
 taken too: then the model is sharded exactly so, or refused.
 """
@@ -73,11 +74,11 @@ class Overrides:
                 ("modules",), f"modules should map patterns to placements, and is {modules!r}"
             )
         for pattern, word in modules.items():
-            if word not in PLACEMENTS:
+            if word not in PLACEMENTS and dim_of(str(word)) is None:
                 raise document.error(
                     ("modules", pattern),
                     f"{pattern!r}: {word!r} is no placement{did_you_mean(str(word), PLACEMENTS)}; "
-                    f"there are {', '.join(PLACEMENTS)}",
+                    f"there are {', '.join(PLACEMENTS)}, and shard(0) for one dim",
                 )
         return cls(dict(modules), None, document)
 
@@ -125,8 +126,16 @@ class Overrides:
                     "Was it made for another model, other inputs, or by another version of autotp?"
                 )
         placed = {name: entry.placement for entry in plan.entries for name in unfold(entry.name)}
+        split = {
+            (name, d): any(local[d] != n for local in entry.local_shapes)
+            for entry in plan.entries
+            for name in unfold(entry.name)
+            for d, n in enumerate(entry.global_shape)
+        }
         for pattern, word in self.modules.items():
             found = {n: p for n, p in placed.items() if fnmatch_any(pattern, [n, *_prefixes(n)])}
+            if (dim := dim_of(word)) is not None:
+                found = {n: p if split.get((n, dim)) else "replicate" for n, p in found.items()}
             if word == "replicate":
                 wrong = {n: p for n, p in found.items() if p != word}
             else:
@@ -283,13 +292,23 @@ class _Check:
             node = self.analysis.trace.params[fqn]
             roles = list(self.uses.roles(node))
             atoms = frozenset(a for role, held, _ in roles if role == word for a in held)
-            if word == "shard":
-                atoms = frozenset(atoms_of(self.analysis.dims[node][0]))
+            dims = self.analysis.dims[node][0]
+            dim = dim_of(word)
+            if dim is not None and dim >= len(dims):
+                continue
+            if dim is not None:
+                atoms = frozenset(atoms_of(dims[dim : dim + 1]))
+            elif word == "shard":
+                atoms = frozenset(atoms_of(dims))
             elif not any(role == word for role, _, _ in roles):
                 continue
             able = self.obstacles.shardable(atoms)
             if not able:
                 reason = self.obstacles.why(node, atoms)
+                others = self.obstacles.shardable(set(atoms_of(dims)) - atoms) if dim is not None else ()
+                if others:
+                    at = [d for d in range(len(dims)) if any(set(c.atoms) & set(atoms_of([dims[d]])) for c in others)]
+                    reason += f". What can be sharded of it is {' or '.join(f'shard({d})' for d in at)}"
                 raise self.error(pattern, f"{self.name(fqn)} cannot be {_words(word)}: {reason}")
             free = tuple(c for c in able if not whole.keys() & set(c.atoms))
             if not free:
@@ -297,7 +316,7 @@ class _Check:
                 raise self.error(
                     pattern,
                     f"{self.name(fqn)} cannot be {_words(word)}: "
-                    f"{self.name(holder)} also holds its {WHICH[word]}, "
+                    f"{self.name(holder)} also holds its {WHICH.get(word, 'axis')}, "
                     f"and {other!r}: replicate keeps it whole",
                 )
             found.append(_Wish(pattern, word, self.name(fqn), free))
@@ -308,6 +327,8 @@ class _Check:
     def no_role(self, fqns: list[str], word: str) -> str:
         """Why none of these parameters could have a placement: how the first is used."""
         node = self.analysis.trace.params[fqns[0]]
+        if dim_of(word) is not None:
+            return f"{self.name(fqns[0])} has {len(self.analysis.dims[node][0])} dims"
         users = [f"{_op(user)} in {self.analysis.trace.where(user)}" for user, _ in self.uses.ends(node)]
         wanted = "looked up in" if word == "vocab" else "multiplied with"
         return f"{self.name(fqns[0])} is not {wanted}, it is used by {users[0] if users else 'no op'}"
@@ -325,7 +346,16 @@ class _Check:
         return self.folds.originals(fqn)[0]
 
 
+def dim_of(word: str) -> int | None:
+    """Which dim ``shard(0)`` names; None for other words."""
+    found = re.fullmatch(r"shard\((\d+)\)", word)
+    return int(found[1]) if found else None
+
+
 def _words(word: str) -> str:
+    dim = dim_of(word)
+    if dim is not None:
+        return f"sharded along dim {dim}"
     return "sharded" if word == "shard" else f"{word}-parallel"
 
 

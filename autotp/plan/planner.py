@@ -8,11 +8,12 @@ The mathematical program. Let *S* be a set of candidates (`candidates.candidates
 
 find the one of least communication (`reductions.Flow.communicate`: bytes first, then number of
 collectives), then of most sharded bytes. The tolerance lets the hidden dim lose, which touches every last
-norm weight but needs a sum at each of them.
+norm weight but needs a sum at each of them. From the winner, axes are taken out that shard less than ``TRIFLE`` of the
+weight bytes and are gathered for it (the router of a mixture of experts).
 
 All maximal sets are enumerated (maximal cliques of the complement graph, Bron and Kerbosch 1973); the
 communication of each is an exact minimum cut. Sets whose axes turn out not to be shardable together
-(`PlanError` of the cut) drop out.
+(`PlanError` of the cut) lose those that cannot be sharded even alone, or drop out.
 
 Where more than `MOST_SETS` sets are within the tolerance, they are thinned first: without the axes that conflict
 with most others (the hidden dim, in or out), the conflicts fall apart into parts (an attention, an MLP), and in
@@ -22,7 +23,7 @@ each part a set has to shard nearly the most bytes that any set shards there. A 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -33,12 +34,19 @@ from ..axes.term import Atom, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
 from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
+from .repair import Refusals, repaired
 
 #: Share of the sharded weight bytes that may be given up for less communication.
 TOLERANCE = 0.1
+#: Share of the weight bytes that an axis has to shard to be worth a gather.
+TRIFLE = 0.001
 #: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model
 #: go first.
 MOST_SETS = 64
+#: How many maximal sets, those of most bytes, are looked through for axes that refuse one another.
+MOST_REPAIRED = 2048
+#: How many sets times ops are cut exactly, so that a large graph is not compared for minutes.
+MOST_VISITS = 20_000
 #: The tolerance within one such part.
 PART_TOLERANCE = 0.01
 
@@ -89,26 +97,23 @@ def choose(
     own, against = conflicts(analysis, found)
     found = [c for c in found if c not in own]
     classes = _classes(found, against)
-    weights = _weights(analysis)
-    total = sum(size for _, size in weights)
-
-    def bytes_of(chosen: Iterable[Candidate]) -> float:
-        sharded = frozenset(a for c in chosen for a in c.atoms)
-        return sum(size * sharded_share(dims, sharded) for dims, size in weights)
+    weights = Weights(analysis)
+    total, bytes_of = weights.total, weights.sharded
 
     required = tuple(require)
     sets: list[tuple[float, tuple[Candidate, ...]]] = []
-    cut_off = False
     for keys in itertools.islice(_maximal_sets(classes, against), 1 << 14):
         chosen = tuple(c for key in sorted(keys) for c in classes[key])
         atoms = {a for c in chosen for a in c.atoms}
         if all(atoms & wanted for wanted in required):
             sets.append((bytes_of(chosen), chosen))
     sets.sort(key=lambda s: (-s[0], [c.key for c in s[1]]))
+    sets, cut_off = _repaired(sets, classes, Refusals(analysis, flow), bytes_of)
     if sets and sum(size >= (1 - tolerance) * sets[0][0] for size, _ in sets) > MOST_SETS:
         sets, cut_off = _thinned(sets, classes, against, bytes_of), True
     if required and not sets:
         raise PlanError("no set of axes can be sharded as the overrides ask")
+    sets = _possible(flow, sets, classes, tolerance, bytes_of)
     best: Choice | None = None
     failures: list[str] = []
     most = 0.0
@@ -116,17 +121,15 @@ def choose(
         (1 - tolerance) * sets[0][0] if sets else 0.0
     )  # what shards as much can no longer fall out of the tolerance
     for i, (size, chosen) in enumerate(_promising(flow, sets or [(0.0, ())], tolerance)):
-        if i >= 8 * MOST_SETS:
+        if i >= min(8 * MOST_SETS, max(MOST_SETS // 2, MOST_VISITS // max(len(analysis.ops), 1))):
             cut_off = True
             break
         if size < (1 - tolerance) * most:
             continue
-        if (
-            best is not None
-            and best.sharded_bytes >= bar
-            and flow.least(chosen) > best.communication.cost_bytes
-        ):
-            continue
+        if best is not None and best.sharded_bytes >= bar:
+            limit = best.communication.cost_bytes
+            if flow.least(chosen) > limit or flow.exceeds(chosen, limit):
+                continue
         feasible = _communicate(flow, chosen, failures)
         if feasible is None:
             continue
@@ -146,7 +149,25 @@ def choose(
         raise PlanError(f"no set of axes can be sharded as the overrides ask{why}")
     if best is None:
         best = Choice((), Communication(), 0.0, total, True)
+    best = _without_trifles(best, classes, required, flow, bytes_of)
     return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)
+
+
+def _repaired(
+    sets: list[tuple[float, tuple[Candidate, ...]]],
+    classes: Mapping[str, tuple[Candidate, ...]],
+    refusals: Refusals,
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> tuple[list[tuple[float, tuple[Candidate, ...]]], bool]:
+    """The sets without the axes that would be refused in them, each once, by their bytes; and whether some were left
+    out."""
+    keys = {c: key for key, members in classes.items() for c in members}
+    found: dict[frozenset[Candidate], tuple[float, tuple[Candidate, ...]]] = {}
+    for size, chosen in sets[:MOST_REPAIRED]:
+        kept = repaired(chosen, keys, refusals, bytes_of)
+        found.setdefault(frozenset(kept), (size if kept == chosen else bytes_of(kept), kept))
+    ordered = sorted(found.values(), key=lambda s: (-s[0], [c.key for c in s[1]]))
+    return ordered, len(sets) > MOST_REPAIRED
 
 
 def _thinned(
@@ -184,6 +205,30 @@ def _thinned(
     ]
 
 
+def _possible(
+    flow: Flow,
+    sets: list[tuple[float, tuple[Candidate, ...]]],
+    classes: Mapping[str, tuple[Candidate, ...]],
+    tolerance: float,
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> list[tuple[float, tuple[Candidate, ...]]]:
+    """The sets as they are where the first that would be solved can be sharded; else without the axes that cannot be
+    sharded even alone, each once."""
+
+    def fails(chosen: tuple[Candidate, ...]) -> bool:
+        try:
+            flow.communicate(chosen)
+        except PlanError:
+            return True
+        return False
+
+    if not sets or not fails(next(iter(_promising(flow, sets, tolerance)))[1]):
+        return sets
+    alone = {c for members in classes.values() if fails(members) for c in members}
+    kept = {tuple(c for c in chosen if c not in alone): None for _, chosen in sets}
+    return sorted(((bytes_of(k), k) for k in kept), key=lambda s: (-s[0], [c.key for c in s[1]]))
+
+
 def _promising(
     flow: Flow, sets: list[tuple[float, tuple[Candidate, ...]]], tolerance: float
 ) -> Iterable[tuple[float, tuple[Candidate, ...]]]:
@@ -196,6 +241,38 @@ def _promising(
 
 def _rank(choice: Choice) -> tuple[int, int, float]:
     return choice.communication.cost_bytes, choice.communication.collectives, -choice.sharded_bytes
+
+
+def _without_trifles(
+    choice: Choice,
+    classes: Mapping[str, tuple[Candidate, ...]],
+    required: Iterable[frozenset[Atom]],
+    flow: Flow,
+    bytes_of: Callable[[Iterable[Candidate]], float],
+) -> Choice:
+    """Less communication for next to no bytes: without the small weights that are sharded only to be gathered."""
+    gathered = {
+        atom
+        for conversion in choice.communication.conversions
+        if conversion.kind == "gather"
+        for atom in atoms_of([conversion.axes])
+    }
+    for members in classes.values():
+        rest = tuple(c for c in choice.candidates if c not in members)
+        own = {a for c in members for a in c.atoms}
+        left = {a for c in rest for a in c.atoms}
+        if len(rest) == len(choice.candidates) or not own & gathered:
+            continue
+        size = bytes_of(rest)
+        if choice.sharded_bytes - size > TRIFLE * choice.weight_bytes or not all(left & r for r in required):
+            continue
+        try:
+            communication = flow.communicate(rest)
+        except PlanError:
+            continue
+        if communication.cost_bytes < choice.communication.cost_bytes:
+            choice = Choice(rest, communication, size, choice.weight_bytes, choice.proven)
+    return choice
 
 
 def _communicate(
@@ -254,13 +331,31 @@ def _maximal_sets(
     return cliques
 
 
-def _weights(analysis: Analysis) -> list[tuple[tuple[Dim, ...], int]]:
-    params = analysis.trace.params
-    return [
-        (analysis.dims[node][0], nbytes(node))
-        for fqn, node in params.items()
-        if fqn not in analysis.trace.is_buffer
-    ]
+class Weights:
+    """The bytes of a model's parameters, and how many of them a set of axes shards."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        params = analysis.trace.params
+        counted: Counter[tuple[Dim, ...]] = Counter()
+        for fqn, node in params.items():
+            if fqn not in analysis.trace.is_buffer:
+                counted[analysis.dims[node][0]] += nbytes(node)
+        self._weights = [(dims, size, frozenset(atoms_of(dims))) for dims, size in counted.items()]
+        self._found: dict[tuple[int, frozenset[Atom]], float] = {}
+        self.total = sum(size for _, size, _ in self._weights)
+
+    def sharded(self, chosen: Iterable[Candidate]) -> float:
+        axes = frozenset(a for c in chosen for a in c.atoms)
+        return sum(self._share(i, axes & own) for i, (_, _, own) in enumerate(self._weights))
+
+    def _share(self, weight: int, own: frozenset[Atom]) -> float:
+        if not own:
+            return 0.0
+        found = self._found.get((weight, own))
+        if found is None:
+            dims, size, _ = self._weights[weight]
+            found = self._found[weight, own] = size * sharded_share(dims, own)
+        return found
 
 
 def holders(analysis: Analysis, candidate: Candidate) -> list[str]:

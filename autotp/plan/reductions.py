@@ -27,10 +27,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
-from ..axes.term import Atom, Dim
+from ..axes.layout import Partition, common_parts
+from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, sharded_share
 from .cut import Cache, VertexCut
@@ -50,6 +52,8 @@ WAYS = tuple(
     for masks in (False, True)
     for products, late in ((False, False), (True, False), (True, True))
 )
+#: The way that allows all that any other does: what it costs, none is below.
+FREEST = (True, True, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Communication:
         partial: values that are Partial on each rank (before the reduce, where there is one).
         enter: value → the uses that share one gradient all-reduce.
         close: ops on gathered operands whose result is sliced again: between op and slice the gradient is made whole.
+        unsummed: values whose gradient is still a part of it on each rank when it goes on backwards.
         sync: parameters whose gradient is summed after the backward (over ranks that hold the same slice).
         conversions: gathers and slices.
         cost_bytes: ring bytes of all of it; ``collectives``: how many.
@@ -97,6 +102,7 @@ class Communication:
     partial: frozenset[fx.Node] = frozenset()
     enter: dict[fx.Node, tuple[Edge, ...]] = field(default_factory=dict)
     close: frozenset[fx.Node] = frozenset()
+    unsummed: frozenset[fx.Node] = frozenset()
     sync: frozenset[fx.Node] = frozenset()
     conversions: tuple[Conversion, ...] = ()
     cost_bytes: int = 0
@@ -111,6 +117,16 @@ class Places:
     enter: Callable[[fx.Node], int | None]
     mask: Callable[[Edge], bool]
     contract: Callable[[fx.Node], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One way to sum in the forward: where, what stays Partial (before a sum, too), what is masked, at what cost."""
+
+    reduce: frozenset[fx.Node] = frozenset()
+    partial: frozenset[fx.Node] = frozenset()
+    masked: frozenset[Edge] = frozenset()
+    cost: int = 0
 
 
 ANYWHERE = Places(
@@ -137,8 +153,11 @@ class Flow:
             node for fqn, node in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
         )
         self.differentiable = self._differentiable()
+        self._written = self._written_to_later()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
+        self._dtypes = {node: _dtype(node) for node in analysis.dims}
+        self._sum_cost = {node: all_reduce_cost(node) for node in analysis.dims}.__getitem__
         self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
         self._held: dict[fx.Node, frozenset[Atom]] = {}
         self._dims_atoms = {
@@ -148,13 +167,24 @@ class Flow:
 
     def _differentiable(self) -> frozenset[fx.Node]:
         """Values with a gradient: what depends on a parameter or a float input through float values."""
-        roots = {p for p in self.params if _is_float(p)}
-        roots |= {port.node for port in self.analysis.trace.inputs if _is_float(port.node)}
+        roots = {p for p in self.params if has_gradient(p)}
+        roots |= {port.node for port in self.analysis.trace.inputs if has_gradient(port.node)}
         found = set(roots)
         for node, info in self.analysis.ops.items():
-            if _is_float(node) and any(operand.node in found for operand in info.operands):
+            if has_gradient(node) and any(operand.node in found for operand in info.operands):
                 found.add(node)
         return frozenset(found)
+
+    def _written_to_later(self) -> frozenset[fx.Node]:
+        """Values in memory that a later op writes into: what autograd forbids on the result of a collective."""
+        ops = self.analysis.ops
+        last: dict[int, int] = {}
+        for node, info in ops.items():
+            if info.mutates is not None:
+                last.update(dict.fromkeys(_storages(info.operands[info.mutates].node), self.order[node]))
+        if not last:
+            return frozenset()
+        return frozenset(n for n in ops if any(last.get(s, -1) > self.order[n] for s in _storages(n)))
 
     # ---- what a choice of axes means at one op -------------------------------------------------
 
@@ -176,6 +206,16 @@ class Flow:
         found = {(c.producer, c.dim): c.cost for c in self._conversions(sharded) if c.kind == "gather"}
         return sum(found.values())
 
+    def exceeds(self, chosen: tuple[Candidate, ...], limit: int) -> bool:
+        """Whether gathers and the freest way to sum in the forward alone cost more than ``limit``."""
+        sharded = frozenset(a for c in chosen for a in c.atoms)
+        conversions = tuple(self._conversions(sharded))
+        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
+        try:
+            return sum(gathers.values()) + self._forward(sharded, conversions, *FREEST).cost > limit
+        except PlanError:  # `communicate` says so
+            return False
+
     def communicate(self, chosen: tuple[Candidate, ...], gradients: bool = True) -> Communication:
         """The cheapest communication for these axes; without ``gradients`` that of the forward only.
 
@@ -184,38 +224,42 @@ class Flow:
         """
         sharded = frozenset(a for c in chosen for a in c.atoms)
         pairs = {c.atoms[0]: c.atoms[1] for c in chosen if len(c.atoms) == 2}
+        partition = Partition({a.id: r for c in chosen for a, r in zip(c.atoms, c.ranges, strict=True)})
         conversions = tuple(self._conversions(sharded))
         self._check_contractions(sharded, pairs)
         close = self._closed(sharded, conversions) if gradients else frozenset()
+        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
+        fixed = sum(gathers.values()) + sum(map(self._sum_cost, close))
         best: Communication | None = None
         seen: set[tuple[frozenset[fx.Node], frozenset[Edge]]] = set()
         failure = PlanError("no way to sum")
-        for masks, products, late in WAYS:
+        for way in WAYS:
             try:
-                reduce, partial, masked, price = self._forward(sharded, conversions, masks, products, late)
-                if (reduce, masked) in seen:
+                forward = self._forward(sharded, conversions, *way)
+                if (forward.reduce, forward.masked) in seen:
                     continue
-                seen.add((reduce, masked))
+                seen.add((forward.reduce, forward.masked))
+                price = forward.cost
                 enter: dict[fx.Node, tuple[Edge, ...]] = {}
+                unsummed: frozenset[fx.Node] = frozenset()
                 sync: frozenset[fx.Node] = frozenset()
                 if gradients:
-                    enter, sync, back = self._backward(
-                        sharded, pairs, partial - reduce, masked, conversions, close
+                    flowing = forward.partial - forward.reduce
+                    enter, unsummed, sync, back = self._backward(
+                        sharded, pairs, partition, flowing, forward.masked, conversions, close
                     )
                     price += back
             except PlanError as error:
                 failure = error
                 continue
-            if (
-                best is None or price + FINE <= best.cost_bytes
-            ):  # the plainer way, unless another one saves bytes
-                best = Communication(reduce, masked, partial, enter, close, sync, conversions, price)
+            if best is None or price + FINE <= best.cost_bytes:  # the plainer way, unless another one saves bytes
+                best = Communication(
+                    forward.reduce, forward.masked, forward.partial, enter, close, unsummed, sync, conversions, price
+                )
         if best is None:
             raise failure
-        gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        cost = best.cost_bytes + sum(gathers.values()) + sum(map(all_reduce_cost, close))
         count = len(best.reduce) + len(best.enter) + len(close) + len(best.sync) + len(gathers)
-        return replace(best, cost_bytes=cost, collectives=count)
+        return replace(best, cost_bytes=best.cost_bytes + fixed, collectives=count)
 
     # ---- conversions ---------------------------------------------------------------------------
 
@@ -248,7 +292,7 @@ class Flow:
     ) -> Iterator[Conversion]:
         has = sharded & frozenset(atoms_of([have]))
         wants = sharded & frozenset(atoms_of([want]))
-        if has and wants and have == want:
+        if has and has == wants and sliced_alike(have, want, sharded):
             return
         if has:
             yield Conversion(
@@ -269,7 +313,9 @@ class Flow:
                     raise PlanError(
                         f"{node}: its rows cannot be looked up by part outside of an embedding module"
                     )
-                if not _covers(dim, sharded):
+                if info.averaged and self.places.reduce(node) is None:
+                    raise PlanError(f"{node}: a mean of which no place takes a part")
+                if not covers(dim, sharded):
                     raise PlanError(f"{node}: sums over an axis that is sharded only in part")
 
     def _closed(self, sharded: frozenset[Atom], conversions: tuple[Conversion, ...]) -> frozenset[fx.Node]:
@@ -297,18 +343,18 @@ class Flow:
         masks: bool,
         products: bool,
         late: bool,
-    ) -> tuple[frozenset[fx.Node], frozenset[fx.Node], frozenset[Edge], int]:
+    ) -> Forward:
         ops = self.analysis.ops
         sources = {n for n, info in ops.items() if sharded & frozenset(atoms_of(info.contracted))}
         if not sources:
-            return frozenset(), frozenset(), frozenset(), 0
+            return Forward()
         converted = {(c.producer, c.consumer) for c in conversions}
 
         def accepts(edge: Edge) -> bool:
             info = ops[edge.consumer]
             if info.mutates is not None or (edge.producer, edge.consumer) in converted:
                 return False
-            if self.held_by_op(edge.consumer, sharded) or _dtype(edge.producer) != _dtype(edge.consumer):
+            if self.held_by_op(edge.consumer, sharded) or self._dtypes[edge.producer] != self._dtypes[edge.consumer]:
                 return False  # a sum is taken in the dtype in which it arose: rounding is not linear
             if info.linear.kind == "add":
                 return (not info.linear.of or edge.operand in info.linear.of) and all(
@@ -335,7 +381,7 @@ class Flow:
         while frontier:
             node = frontier.pop()
             willing = self.places.reduce(node)
-            cut.vertex(node, None if willing is None else all_reduce_cost(node) + willing)
+            cut.vertex(node, None if willing is None else self._sum_cost(node) + willing)
             whole = node in self.output_nodes or (node, None) in converted
             for edge in self.uses[node]:
                 if accepts(edge):
@@ -356,9 +402,9 @@ class Flow:
             for node in partial
             for j, o in enumerate(ops[node].operands)
             if (node not in sources and ops[node].linear.kind == "add" and o.node not in unreduced)
-            or (node in sources and j in ops[node].added)
+            or j in ops[node].added  # a bias: of a contraction, or of a linear layer that a Partial passes through
         )
-        return reduce, partial, masked, cost
+        return Forward(reduce, partial, masked, cost)
 
     # ---- backward ------------------------------------------------------------------------------
 
@@ -366,11 +412,12 @@ class Flow:
         self,
         sharded: frozenset[Atom],
         pairs: dict[Atom, Atom],
+        partition: Partition,
         flowing: frozenset[fx.Node],
         masked: frozenset[Edge],
         conversions: tuple[Conversion, ...],
         close: frozenset[fx.Node],
-    ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], int]:
+    ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], frozenset[fx.Node], int]:
         ops, dims = self.analysis.ops, self.analysis.dims
         gathered = {(c.producer, c.consumer) for c in conversions if c.kind == "gather"}
         held = {node: self.held_by(node, sharded) for node in dims}
@@ -403,14 +450,14 @@ class Flow:
         ]
         sources = {e for e in live if sharded_use(e)}
         if not sources:
-            return {}, frozenset(), 0
+            return {}, frozenset(), frozenset(), 0
 
         def needs_whole(node: fx.Node) -> bool:
             """Whether the op that made ``node`` can only go backwards from a whole gradient."""
             if node in mixed:
                 return False
             inputs = [o.node for o in ops[node].operands if o.node in self.differentiable]
-            casts = any(_dtype(i) != _dtype(node) for i in inputs)
+            casts = any(self._dtypes[i] != self._dtypes[node] for i in inputs)
             picks = (
                 len(inputs) == 1 and inputs[0] in mixed
             )  # takes the common part out of a partly common value
@@ -427,9 +474,9 @@ class Flow:
         cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         for node in sorted(reached, key=self.order.__getitem__):
             is_param = node in self.params
-            willing = 0 if is_param else self.places.enter(node)
+            willing = 0 if is_param else None if node in self._written else self.places.enter(node)
             barred = node in mixed or willing is None
-            price = self._sync_cost(node, sharded) if is_param else all_reduce_cost(node)
+            price = self._sync_cost(node, sharded) if is_param else self._sum_cost(node)
             cut.vertex(node, None if barred else price + (willing or 0))
             if node in mixed:
                 cut.start(node)
@@ -464,14 +511,39 @@ class Flow:
                 enter[node] = partial_uses
             elif len(partial_uses) < len(uses):
                 raise PlanError(f"{node}: a parameter used both in and outside a sharded region")
+            elif not sums_once(dims[node][0], partition):
+                raise PlanError(f"{node}: ranks have parts of it in common in more than one way")
             else:
                 sync.add(node)
-        return enter, frozenset(sync), cost
+        return enter, uncut, frozenset(sync), cost
 
     def _sync_cost(self, param: fx.Node, sharded: frozenset[Atom]) -> int:
         """Of a gradient only the part that ranks hold in common is summed, once a step for any number of tokens."""
         common = 1 - sharded_share(self.analysis.dims[param][0], sharded)
         return FINE * (int(2 * nbytes(param) * common) + START_BYTES) // TOKENS
+
+
+def sliced_alike(a: Dim, b: Dim, sharded: frozenset[Atom]) -> bool:
+    """Whether a rank's slices of two dims are the same elements, whatever the axes that are whole are called.
+
+    A group norm takes channels ``H·D`` as ``H·d``, with a d that it needs whole: over H they are sliced alike.
+    """
+    return a == b or _cut_by(a, sharded) == _cut_by(b, sharded)
+
+
+def _cut_by(dim: Dim, sharded: frozenset[Atom]) -> tuple[object, ...]:
+    """The dim as a product of sharded axes, concatenations that hold some, and sizes of all else."""
+    found: list[object] = []
+    for factor in dim:
+        if isinstance(factor, Cat) and sharded & frozenset(atoms_of([(factor,)])):
+            found.append(tuple(_cut_by(part, sharded) for part in factor.parts))
+        elif isinstance(factor, Atom) and factor in sharded:
+            found.append(factor)
+        elif found and isinstance(found[-1], int):
+            found[-1] *= factor.size
+        else:
+            found.append(factor.size)
+    return tuple(found)
 
 
 def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Atom, Atom]) -> bool:
@@ -480,13 +552,25 @@ def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Ato
     ``pairs`` maps the outer to the inner axis of nested candidates: only together do they tell ranks apart.
     """
     single = sharded - set(pairs) - set(pairs.values())
-    if any(_covers(dim, single) for dim in dims):
+    if any(covers(dim, single) for dim in dims):
         return True
     return any(
-        any(_covers(dim, single | {outer}) for dim in dims)
-        and any(_covers(dim, single | {inner}) for dim in dims)
+        any(covers(dim, single | {outer}) for dim in dims)
+        and any(covers(dim, single | {inner}) for dim in dims)
         for outer, inner in pairs.items()
     )
+
+
+def sums_once(dims: tuple[Dim, ...], partition: Partition) -> bool:
+    """Whether the gradient of a parameter with these dims can be summed in one group of ranks each.
+
+    One key head for two query heads of 4 over 3 ranks: elements 0:2, 2:4 and 0:4, of which no two ranks are one group.
+    """
+    try:
+        common_parts(dims, partition, 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
@@ -498,22 +582,29 @@ def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
     return frozenset(found)
 
 
-def _covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
+def covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
     """Whether each element of ``dim`` lies on one rank only: no part of a Cat stays whole."""
     for factor in dim:
         if isinstance(factor, Atom):
             if factor in sharded:
                 return True
-        elif all(_covers(part, sharded) for part in factor.parts):
+        elif all(covers(part, sharded) for part in factor.parts):
             return True
     return False
 
 
-def _is_float(node: fx.Node) -> bool:
+def _storages(node: fx.Node) -> set[int]:
+    """The memory of a value, as the trace's tensors know it."""
     value = node.meta.get("val")
-    if isinstance(value, (tuple, list)):
-        return any(getattr(v, "is_floating_point", bool)() for v in value)
-    return bool(getattr(value, "is_floating_point", bool)())
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+
+
+def has_gradient(node: fx.Node) -> bool:
+    """Whether a value can have a gradient: real and complex numbers."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
 def all_reduce_cost(node: fx.Node) -> int:

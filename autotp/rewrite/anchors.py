@@ -8,7 +8,7 @@ forward (a patch).
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,9 +17,14 @@ import torch
 from torch import fx, nn
 
 from ..plan.reductions import Edge, Places
-from ..trace.graph import Call, ModuleCall, Path, Trace
+from ..trace.graph import Call, ModuleCall, Path, Site, Trace
 
 LeafKind = Literal["linear", "conv1d", "embedding", "attention", "conv"]
+
+_CONVOLUTIONS = (
+    *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward),
+    *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,10 @@ class Boundary:
     path: Path
 
 
+Barred = Boundary | tuple[str, tuple[Site, ...]]
+"""A module's boundary, or an expression: the module that runs it, and its frames."""
+
+
 def leaf_kind(module: nn.Module) -> LeafKind | None:
     """Which sharded class stands in for this module, by what its forward *is* (a subclass that redefines it: none)."""
     forward = type(module).forward
@@ -40,7 +49,7 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
         return "embedding"
     if forward is nn.MultiheadAttention.forward:
         return "attention"
-    if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+    if forward in _CONVOLUTIONS:
         return "conv"
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and forward is pytorch_utils.Conv1D.forward:
@@ -48,11 +57,25 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
     return None
 
 
+def _reused(trace: Trace) -> frozenset[str]:
+    """Modules that one call of their parent calls several times: the one ReLU of a block, a layer that is run again."""
+    calls = Counter(call.fqn for call in trace.calls)
+
+    def of_parent(fqn: str) -> int:
+        while fqn and (fqn := fqn.rpartition(".")[0]) not in calls:  # a ModuleList is not called itself
+            pass
+        return calls.get(fqn, 1)
+
+    return frozenset(fqn for fqn, n in calls.items() if fqn and n > of_parent(fqn))
+
+
 class Anchors:
     """An index of one trace: which module calls each value enters and leaves, and the leaf module that made it."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, barred: frozenset[Barred] = frozenset()) -> None:
         self.trace = trace
+        self.barred = barred
+        """Where no step may be put, as one set of edits cannot serve all the times that it runs."""
         self.position = {node: i for i, node in enumerate(trace.graph.nodes)}
         self.modules = dict(trace.module.named_modules())
         self.leaves: dict[str, LeafKind] = {}
@@ -68,6 +91,7 @@ class Anchors:
         """Embeddings with a forward of their own, around the lookup that `super().forward` does."""
         self.inputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
         self.outputs: dict[fx.Node, list[tuple[ModuleCall, Path]]] = defaultdict(list)
+        self.reused = _reused(trace)
         # Innermost first, so that a step sits as close to the op as a hook can.
         for call in sorted(trace.calls, key=lambda c: (c.last - c.first, -len(c.fqn))):
             for port in call.inputs:
@@ -99,11 +123,25 @@ class Anchors:
     def boundary_after(self, node: fx.Node, users: Iterable[fx.Node]) -> Boundary | None:
         """A module's result through which all of these users get the value."""
         users = list(users)
-        for call, path in self.outputs[node]:
+        for call, path in self._plain_first(self.outputs[node]):
             made_inside = call.first <= self.position[node] < call.last
+            if Boundary(call.fqn, "out", path) in self.barred or self._dropped_in(node, call):
+                continue
             if made_inside and all(self.position[user] >= call.last for user in users):
                 return Boundary(call.fqn, "out", path)
         return None
+
+    def _dropped_in(self, node: fx.Node, around: ModuleCall) -> bool:
+        """Whether a dropout inside that call lets the value through: in train mode another one comes out."""
+        return any(
+            call.fqn.startswith(f"{around.fqn}." if around.fqn else "")
+            and isinstance(self.modules[call.fqn], nn.modules.dropout._DropoutNd)
+            for call, _ in self.inputs[node]
+        )
+
+    def _plain_first(self, calls: list[tuple[ModuleCall, Path]]) -> list[tuple[ModuleCall, Path]]:
+        """Hooks on a module that its parent calls several times act in each call: only where nothing else will."""
+        return sorted(calls, key=lambda found: found[0].fqn in self.reused)
 
     def input_boundary(self, node: fx.Node) -> list[Boundary]:
         """The arguments of the model through which it gets an input."""
@@ -118,42 +156,58 @@ class Anchors:
         def inside(call: ModuleCall, user: fx.Node) -> bool:
             return call.first <= self.position[user] < call.last
 
-        for call, _ in self.inputs[node]:
+        for call, _ in self._plain_first(self.inputs[node]):
+            found = [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
+            if not self.barred.isdisjoint(found):
+                continue
             if all(inside(call, u) for u in users) and not any(inside(call, o) for o in others):
-                return [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
+                return found
         return []
 
     def site_of(self, node: fx.Node) -> Call | None:
-        """The expression of the user's source whose value ``node`` is."""
+        """The expression of the user's source whose value ``node`` is; none in code that only the trace runs."""
         call: Call | None = node.meta.get("call")
-        return call if call is not None and call.site is not None and call.frames else None
+        if call is None or call.site is None or not call.frames or call.twin_of:
+            return None
+        return call
 
     def places(self) -> Places:
         """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
+
+        def has_site(node: fx.Node) -> bool:
+            call = self.site_of(node)
+            return call is not None and (call.module, call.frames) not in self.barred
 
         def after(node: fx.Node) -> int | None:
             if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:
                 return 0
             if self.leaf_of(node) is not None:
                 return None  # inside a leaf that is swapped as a whole
-            return 1 if self.site_of(node) is not None else None
+            return 1 if has_site(node) else None
 
         users: dict[fx.Node, list[fx.Node]] = {n: list(n.users) for n in self.position}
 
         def takes_patches(user: fx.Node) -> bool:
-            return self.leaf_of(user) is not None or self.site_of(user) is not None
+            return self.leaf_of(user) is not None or has_site(user)
 
         def enter(node: fx.Node) -> int | None:
-            if node.op == "placeholder" or self.boundary_after(node, users[node]) is not None:
+            if node.op == "placeholder":
+                return 0
+            boundary = self.boundary_after(node, users[node])
+            if boundary is not None and boundary.fqn not in self.reused:
                 return 0
             if self.leaf_of(node) is not None and self.leaves_by(node) is None:
                 return None  # inside a leaf that is swapped as a whole
-            if self.leaves_by(node) is not None or self.inputs[node] or all(map(takes_patches, users[node])):
+            if self.leaves_by(node) is not None:
                 return 0
-            return 1 if self.site_of(node) is not None else None
+            if any(call.fqn not in self.reused for call, _ in self.inputs[node]):
+                return 0
+            if all(self.leaf_of(user) is not None for user in users[node]):
+                return 0
+            return 1 if has_site(node) or all(map(takes_patches, users[node])) else None
 
         def mask(edge: Edge) -> bool:
-            return self.leaf_of(edge.consumer) is None and self.site_of(edge.consumer) is not None
+            return self.leaf_of(edge.consumer) is None and has_site(edge.consumer)
 
         def contract(node: fx.Node) -> bool:
             return node.target is not torch.ops.aten.embedding.default or self.can_look_up(node)

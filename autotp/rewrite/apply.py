@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..axes.layout import runs
+from ..axes.layout import slice_tensor
 from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
@@ -84,37 +84,32 @@ def slice_parameters(
     rank: Rank,
     place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Replace each parameter by this rank's slice of it; tied parameters stay tied."""
-    made: dict[int, nn.Parameter] = {}
-    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    """Replace each parameter (and buffer that goes with parameters) by this rank's slice of it; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    places: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places[id(parameter)].append((module, name))
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    places[id(tensor)].append((holder, name))
     for fqn, dims in slices.items():
         module, name = owner(model, fqn)
-        whole = module._parameters.get(name)
+        whole: Tensor | None = module._parameters.get(name)
         if whole is None:
-            raise RewriteError(f"{fqn} is no plain parameter")
+            whole = module._buffers.get(name)
+        if whole is None:
+            raise RewriteError(f"{fqn} is no plain parameter or buffer")
         if any(whole is local for local in made.values()):
             continue  # tied to one that has been sliced
-        local = place(local_slice(whole.detach(), dims, rank))
-        made[id(whole)] = nn.Parameter(local, requires_grad=whole.requires_grad)
-        made[id(whole)].__dict__.update(whole.__dict__)
-        for other, own_name in places[id(whole)]:
-            other._parameters[own_name] = made[id(whole)]
-
-
-def local_slice(tensor: Tensor, dims: Sequence[Dim], rank: Rank) -> Tensor:
-    """This rank's slice, in memory of its own."""
-    out = tensor
-    for d, dim in enumerate(dims):
-        own = runs(dim, rank.partition, rank.rank)
-        if len(own) == 1 and own[0] == (0, tensor.shape[d]):
-            continue
-        parts = [out.narrow(d, start, length) for start, length in own]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, d)
-    return out.clone(memory_format=torch.contiguous_format)
+        own = slice_tensor(whole.detach(), dims, rank.partition, rank.rank)
+        local = place(own.clone(memory_format=torch.contiguous_format))
+        if isinstance(whole, nn.Parameter):
+            local = nn.Parameter(local, requires_grad=whole.requires_grad)
+            local.__dict__.update(whole.__dict__)
+        made[id(whole)] = local
+        for holder, own_name in places[id(whole)]:
+            holder[own_name] = local
 
 
 # ---- hooks, attributes, patches ------------------------------------------------------------------

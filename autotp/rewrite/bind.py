@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from ..axes.term import Atom, Dim, atoms_of, size_of
 from ..errors import RewriteError
 from ..runtime import ops
 from ..runtime.gradients import Part
-from .steps import AllReduce, Enter, Mask, Step, Take
+from .steps import AllReduce, Enter, Mask, Scale, Step, Take
 
 Bound = Callable[[Tensor], Tensor]
 
@@ -52,6 +53,10 @@ class Rank:
             return common_parts(dims, self.partition, self.rank)
         except ValueError as error:
             raise RewriteError(f"{fqn}: {error}") from error
+
+    def share(self, axes: Sequence[Dim]) -> tuple[int, int]:
+        """(this rank's elements of some dims together, all of them)"""
+        return math.prod(self.shape(axes)), math.prod(map(size_of, axes))
 
     def group(self, common: Iterable[Atom]) -> str:
         """The registered name of the group in which this rank sums values that hold the ``common`` axes."""
@@ -113,6 +118,9 @@ def bind(step: Step, rank: Rank) -> Bound:
         return functools.partial(ops.enter, group=rank.group(step.common))
     if isinstance(step, Mask):
         return functools.partial(ops.mask, keep=rank.rank == 0)
+    if isinstance(step, Scale):
+        part, whole = rank.share(step.axes)
+        return functools.partial(ops.scale, part=part, whole=whole)
     axes, inner = rank.inner(step.axes)
     dim = step.dim if inner is None else step.dim + 1
     fn: Bound
@@ -149,6 +157,8 @@ def describe(step: Step, rank: Rank) -> tuple[object, ...]:
         return ("enter", rank.group(step.common))
     if isinstance(step, Mask):
         return ("mask", rank.rank == 0)
+    if isinstance(step, Scale):
+        return ("scale", *rank.share(step.axes))
     axes, inner = rank.inner(step.axes)
     dim = step.dim if inner is None else step.dim + 1
     if isinstance(step, Take):

@@ -115,6 +115,8 @@ def _wrap_argument(
     while rest and isinstance(target, ast.Tuple | ast.List) and isinstance(rest[0], int):
         if any(isinstance(element, ast.Starred) for element in target.elts[: rest[0] + 1]):
             break
+        if rest[0] >= len(target.elts):  # the op counts other operands than the code writes: `x[..., i]`
+            break
         target, rest = target.elts[rest[0]], rest[1:]
     if rest or target is None or isinstance(target, ast.Starred):
         raise RewriteError(

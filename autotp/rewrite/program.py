@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx, nn
 
@@ -14,10 +15,10 @@ from ..axes.term import Atom, Dim
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Edge, is_disjoint
-from ..trace.graph import Path, Site
+from ..plan.reductions import Edge, has_gradient, is_disjoint
+from ..trace.graph import Call, Path, Site
 from .anchors import Anchors, Boundary, LeafKind
-from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
 
 Bias = Literal["local", "after", "masked"]
 
@@ -110,6 +111,12 @@ class Program:
         )
 
 
+def _kernel_call(node: fx.Node) -> Draw | None:
+    """Where the model calls the kernel in whose twin a random number is drawn: ``kernel(module, query, ...)``."""
+    call: Call | None = node.meta.get("call")
+    return Draw(call.module, call.around, ("args", 1)) if call is not None and call.around else None
+
+
 @dataclass(slots=True)
 class _Draft:
     """Steps as they are found, per call of a module, to be checked for agreement between its calls."""
@@ -172,6 +179,9 @@ def planned_steps(
         return sharded & frozenset(a for dims in analysis.dims[node] for a in atoms_of(dims))
 
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
+    for node, info in analysis.ops.items():
+        if info.averaged and sharded & frozenset(atoms_of(info.contracted)):
+            after[node].append(Scale(info.contracted))
     for node in sorted(comm.reduce, key=order.__getitem__):
         after[node].append(AllReduce(common(node)))
     for node in comm.close:
@@ -181,10 +191,16 @@ def planned_steps(
             (after if c.kind == "take" else outputs)[c.producer].append(
                 Take(c.dim, c.axes) if c.kind == "take" else Gather(c.dim, c.axes)
             )
-    for node, edges in comm.enter.items():
+    for node, edges in _entered_outputs(comm.enter, uses).items():
         others = set(uses[node]) - set(edges)
         # A leaf that reduces its result does not enter it too: that is left to the uses.
-        if node in returned or after.get(node) or any(_has_gradient(edge.consumer) for edge in others):
+        one_of_several = node.target is operator.getitem  # no expression of its own
+        if (
+            one_of_several
+            or node in returned
+            or after.get(node)
+            or any(has_gradient(edge.consumer) for edge in others)
+        ):
             for edge in edges:
                 before[edge].append(Enter(common(node)))
         else:
@@ -209,11 +225,18 @@ def planned_steps(
     )
 
 
-def _has_gradient(node: fx.Node) -> bool:
-    """Whether a gradient can come back from this op (integers and masks have none)."""
-    value: Any = node.meta.get("val")
-    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
-    return any(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
+def _entered_outputs(
+    enter: Mapping[fx.Node, Iterable[Edge]], uses: Mapping[fx.Node, list[Edge]]
+) -> dict[fx.Node, list[Edge]]:
+    """Which uses enter. One of several outputs is entered where it is used, as code names only the output itself."""
+    found: dict[fx.Node, list[Edge]] = defaultdict(list)
+    for node, edges in enter.items():
+        for edge in edges:
+            if edge.consumer.target is operator.getitem:
+                found[edge.consumer] += uses[edge.consumer]
+            else:
+                found[node].append(edge)
+    return found
 
 
 class _Compiler:
@@ -244,7 +267,7 @@ class _Compiler:
                 self._place_bias(edge)
         slices = sharded_parameters(self.analysis, self.choice)
         names = {node: fqn for fqn, node in self.trace.params.items()}
-        sync = {names[node]: self.analysis.dims[node][0] for node in self.comm.sync}
+        sync = {names[n]: self.analysis.dims[n][0] for n in sorted(self.comm.sync, key=lambda n: names[n])}
         return self._finish(slices, sync)
 
     def _draws(self) -> tuple[Draw, ...]:
@@ -269,6 +292,8 @@ class _Compiler:
                 found[Draw(module)] = None
             elif call is not None and info.operands:
                 found[Draw(call.module, call.frames, info.operands[0].path)] = None
+            elif (kernel := _kernel_call(node)) is not None:
+                found[kernel] = None
             else:
                 raise RewriteError(
                     f"{node.target} in {self.trace.where(node)}: cannot draw other numbers on each rank",
@@ -288,6 +313,8 @@ class _Compiler:
     def _place_after(self, node: fx.Node, steps: list[Step]) -> None:
         leaf = self.anchors.leaves_by(node)
         if self._within_attention(node):
+            if any(isinstance(step, Scale) for step in steps):
+                return
             steps = [step for step in steps if not isinstance(step, Gather)]
         if leaf is not None:
             enters = next((i for i, step in enumerate(steps) if isinstance(step, Enter)), len(steps))
@@ -311,7 +338,18 @@ class _Compiler:
                 else:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
+        elsewhere = self.anchors.site_of(node) is None or self._is_barred(node)
+        if elsewhere and all(isinstance(step, Enter) for step in steps):
+            edges = [e for e in self.uses[node] if has_gradient(e.consumer)]
+            self._place_before(node, edges, steps)  # where it is used, the same
+            return
         self._wrap(node, None, steps)
+
+    def _is_barred(self, node: fx.Node) -> bool:
+        return any(
+            Boundary(call.fqn, "out", path) in self.anchors.barred
+            for call, path in self.anchors.outputs[node]
+        )
 
     def _within_attention(self, node: fx.Node) -> bool:
         """Whether a value is made inside `nn.MultiheadAttention`, whose class does for itself what its weights need."""
@@ -325,7 +363,7 @@ class _Compiler:
             if not edges:
                 return
         users = [edge.consumer for edge in edges]
-        others = [e.consumer for e in self.uses[node] if e not in edges and _has_gradient(e.consumer)]
+        others = [e.consumer for e in self.uses[node] if e not in edges and has_gradient(e.consumer)]
         if not all(isinstance(step, Enter) for step in steps):
             others = [e.consumer for e in self.uses[node] if e not in edges]
         boundaries = self.anchors.boundaries_before(node, users, others)
@@ -389,6 +427,13 @@ class _Compiler:
     def _wrap(self, node: fx.Node, operand: Path | None, steps: list[Step], share: int | None = None) -> None:
         call = self.anchors.site_of(node)
         leaf = self.anchors.leaf_of(node)
+        traced: Call | None = node.meta.get("call")
+        if traced is not None and traced.twin_of:
+            raise RewriteError(
+                f"{self.trace.where(node)}: would communicate in code that was traced in place of "
+                f"{traced.twin_of!r}, which the model runs; an implementation that can be traced can be sharded",
+                node.meta.get("module", ""),
+            )
         if call is None or leaf is not None:
             raise RewriteError(
                 f"{node.name} in {self.trace.where(node)}: no expression of the source to communicate at"
@@ -407,11 +452,15 @@ class _Compiler:
         for call in self.trace.calls:
             calls[call.fqn].add(call.index)
 
-        def agree(what: str, by_call: dict[int, list[Step]], fqn: str) -> tuple[Step, ...]:
-            variants = {tuple(by_call.get(index, ())) for index in calls[fqn] or {0}}
+        def agree(at: Boundary, by_call: dict[int, list[Step]], barrable: bool = True) -> tuple[Step, ...]:
+            variants = {tuple(by_call.get(index, ())) for index in calls[at.fqn] or {0}}
             if len(variants) > 1:
+                where = "argument" if at.side == "in" else "result"
                 raise RewriteError(
-                    f"{what} is used in several ways, which one set of edits cannot serve: {variants}", fqn
+                    f"{at.fqn or 'the root module'}: its calls need different steps on one {where}, and one set of "
+                    f"edits serves them all: {sorted(map(str, variants))}",
+                    at.fqn,
+                    places=frozenset([at] if barrable else []),
                 )
             return next(iter(variants))
 
@@ -420,12 +469,13 @@ class _Compiler:
             for fqn in self.anchors.leaves
             if fqn in self.draft.leaf_after
             or fqn in self.draft.leaf_before
+            or fqn in self.draft.bias
             or any(f"{fqn}.{p}" in slices for p in _parameter_names(self.anchors, fqn))
         }
         leaves: list[Leaf] = []
         for fqn in sorted(leaf_names):
-            before = agree(fqn, self.draft.leaf_before[fqn], fqn)
-            after = agree(fqn, self.draft.leaf_after[fqn], fqn)
+            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], barrable=False)
+            after = agree(Boundary(fqn, "out", ()), self.draft.leaf_after[fqn], barrable=False)
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
@@ -433,7 +483,8 @@ class _Compiler:
             leaves.append(
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )
-        hooks = {b: agree(f"{b.fqn} {b.path}", by_call, b.fqn) for b, by_call in self.draft.hooks.items()}
+        hooks = {b: agree(b, by_call) for b, by_call in self.draft.hooks.items()}
+        self._check_wraps()
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
             for key, by_call in self.draft.wraps.items()
@@ -449,6 +500,23 @@ class _Compiler:
             self._draws(),
             self.draft.hook_share,
         )
+
+
+    def _check_wraps(self) -> None:
+        """An expression in a loop is patched once, for all of its rounds."""
+        rounds: dict[tuple[str, tuple[Site, ...]], set[int]] = defaultdict(set)
+        for node in self.analysis.ops:
+            call = self.anchors.site_of(node)
+            if call is not None:
+                rounds[call.module, call.frames].add(call.index)
+        for (module, frames, _), by_call in self.draft.wraps.items():
+            if len({tuple(by_call.get(index, ())) for index in rounds[module, frames] | set(by_call)}) > 1:
+                raise RewriteError(
+                    f"{module or 'the root module'}: {frames[0]} runs several times, and not each time with the same "
+                    "communication",
+                    module,
+                    places=frozenset([(module, frames)]),
+                )
 
 
 def _parameter_names(anchors: Anchors, fqn: str) -> list[str]:

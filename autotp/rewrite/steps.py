@@ -45,4 +45,11 @@ class Mask:
     """Replicate → Partial: the value counts on one rank."""
 
 
-Step = AllReduce | Enter | Gather | Take | Mask
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The local mean over dims of these ``axes`` → Partial: it counts by this rank's share of their elements."""
+
+    axes: tuple[Dim, ...]
+
+
+Step = AllReduce | Enter | Gather | Take | Mask | Scale

@@ -11,7 +11,7 @@ from ..axes.layout import local_size, runs
 from ..axes.term import Dim, size_of
 from ..errors import RewriteError
 from ..runtime.attention import AttentionOptions, ShardedMultiheadAttention
-from ..runtime.conv import ConvOptions, ShardedConv
+from ..runtime.conv import ConvOptions, ShardedConv, ShardedTransposedConv
 from ..runtime.edges import Gather as EdgeGather
 from ..runtime.edges import SharedEnter
 from ..runtime.edges import Take as EdgeTake
@@ -144,8 +144,9 @@ def _swap_conv(
     gather: Gather | None,
     rank: Rank,
 ) -> None:
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    per_group = module.out_channels // module.groups
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    per_group = (module.in_channels if transposed else module.out_channels) // module.groups
     options = ConvOptions(
         groups=1 if module.groups == 1 else module.weight.shape[0] // per_group,
         enter=enter,
@@ -154,4 +155,4 @@ def _swap_conv(
         keep=rank.rank == 0,
         gather=_edge_gather(gather, rank) if gather is not None else None,
     )
-    ShardedConv.swap(module, options)
+    (ShardedTransposedConv if transposed else ShardedConv).swap(module, options)

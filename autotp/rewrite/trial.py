@@ -88,6 +88,12 @@ def local_constants(
                 f"{rank}, but no expression of the source passes it",
                 want.call.module,
             )
+        if want.call.twin_of:
+            raise RewriteError(
+                f"{want.call}: size {want.local} is needed in place of {want.value} on rank {rank}, in code that only "
+                f"stands in for {want.call.twin_of!r}; whether that needs it too is not known",
+                want.call.module,
+            )
         value = _patched_size(
             want,
             home[id(want)].analysis,

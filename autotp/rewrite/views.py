@@ -19,12 +19,15 @@ from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError, RewriteError
 from ..plan.candidates import Candidate, atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Flow, Places
+from ..plan.reductions import FINE, Flow, Places
 from ..trace.graph import Trace
-from .anchors import Anchors
+from .anchors import Anchors, Boundary
 from .bind import Rank, describe
 from .program import Program, Wrap, compile_program
-from .steps import AllReduce, Enter, Gather, Mask, Step, Take
+from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
+
+#: What a gradient sum at a place of its own costs a scenario: less than a byte, to tell equal places apart.
+ELSEWHERE = FINE // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,26 @@ def another_view(
     """
     name = analysis.trace.scenario
     twin: dict[Atom, Atom] = {}
+    present: set[Atom] = set()
     for fqn, node in main.analysis.trace.params.items():
         other = analysis.trace.params.get(fqn)
-        if other is None or fqn in analysis.trace.is_buffer:
+        if other is None or fqn in analysis.trace.is_buffer or not other.users:
             continue
+        present.update(atoms_of(main.analysis.dims[node][0]))
         mine, theirs = list(atoms_of(main.analysis.dims[node][0])), list(atoms_of(analysis.dims[other][0]))
         if [a.size for a in mine] == [a.size for a in theirs]:
             twin.update((a, b) for a, b in zip(mine, theirs, strict=True) if twin.get(a, b) is b)
     found = []
     for candidate in main.choice.candidates:
+        if present.isdisjoint(candidate.atoms):
+            continue  # of parameters that this scenario does without: an image tower, where there is only text
         atoms = tuple(twin.get(a) for a in candidate.atoms)
         if any(a is None or a in analysis.frozen for a in atoms):
             raise RewriteError(
                 f"in scenario {name!r} the axis {candidate.key} cannot be sharded as in the forward"
             )
         found.append(Candidate(tuple(a for a in atoms if a is not None), candidate.ranges, candidate.key))
-    anchors = Anchors(analysis.trace)
+    anchors = Anchors(analysis.trace, main.anchors.barred)
     places = _only_where(anchors, main.program)
     flow = Flow(analysis, places)
     try:
@@ -106,8 +113,9 @@ def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> froz
     return frozenset(bad)
 
 
+
 def _only_where(anchors: Anchors, program: Program) -> Places:
-    """Reduces only where the program has one already."""
+    """Reduces only where the program has one already; and gradient sums there, among places that cost the same."""
     leaves = {leaf.fqn for leaf in program.leaves if any(isinstance(s, AllReduce) for s in leaf.after)}
     hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, AllReduce) for s in steps)}
     wraps = {
@@ -127,7 +135,37 @@ def _only_where(anchors: Anchors, program: Program) -> Places:
         call = anchors.site_of(node)
         return 0 if call is not None and (call.module, call.frames) in wraps else None
 
-    return replace(free, reduce=reduce)
+    entered = _entered(program)
+
+    def enter(node: fx.Node) -> int | None:
+        price = free.enter(node)
+        return price if price is None or entered & _places_of(anchors, node) else price + ELSEWHERE
+
+    return replace(free, reduce=reduce, enter=enter)
+
+
+def _entered(program: Program) -> frozenset[object]:
+    """Where the program sums gradients: module arguments and results, and expressions."""
+    hooks = {b for b, steps in program.hooks.items() if any(isinstance(s, Enter) for s in steps)}
+    leaves = {
+        Boundary(leaf.fqn, "in", path)
+        for leaf in program.leaves
+        if any(isinstance(s, Enter) for s in leaf.before)
+        for path in leaf.ports
+    }
+    wraps = {(w.module, w.frames) for w in program.wraps if any(isinstance(s, Enter) for s in w.steps)}
+    return frozenset((*hooks, *leaves, *wraps))
+
+
+def _places_of(anchors: Anchors, node: fx.Node) -> frozenset[object]:
+    """The places where a step on this value, or on its uses, may sit."""
+    found: set[object] = {Boundary(call.fqn, "out", path) for call, path in anchors.outputs[node]}
+    found |= {Boundary(call.fqn, "in", path) for call, path in anchors.inputs[node]}
+    for user in (node, *node.users):
+        site = anchors.site_of(user)
+        if site is not None:
+            found.add((site.module, site.frames))
+    return frozenset(found)
 
 
 def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: int) -> Program:
@@ -141,7 +179,9 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
     for number, (view, twins) in enumerate(others):
         theirs = view.rank(0, tp, "")
         translate = _Translation(twins, number)
-        ran = {call.fqn for call in view.analysis.trace.calls}
+        calls = view.analysis.trace.calls
+        ran = {call.fqn for call in calls}
+        given = {Boundary(call.fqn, "in", port.path) for call in calls for port in call.inputs}
 
         def same(a: tuple[Step, ...], b: tuple[Step, ...], view: View = view, theirs: Rank = theirs) -> bool:
             mine = [describe(s, rank) for s in a if view.gradients or not isinstance(s, Enter)]
@@ -157,10 +197,12 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
         hooks = dict(program.hooks)
         for boundary in {**hooks, **view.program.hooks}:
             a, b = hooks.get(boundary, ()), view.program.hooks.get(boundary, ())
+            if boundary.side == "in" and boundary not in given:
+                continue  # an argument that is left out there
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):
-                raise _conflict(view, boundary.fqn)
+                raise _conflict(view, boundary.fqn, boundary)
         wraps = {(w.module, w.frames, w.operand): w for w in program.wraps}
         for wrap in view.program.wraps:
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))
@@ -176,10 +218,11 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
     return program
 
 
-def _conflict(view: View, fqn: str) -> RewriteError:
+def _conflict(view: View, fqn: str, *places: Boundary) -> RewriteError:
     return RewriteError(
         f"{fqn or 'the root module'}: scenario {view.name!r} would need other communication there than the forward",
         fqn,
+        places=frozenset(places),
     )
 
 
@@ -210,4 +253,6 @@ class _Translation:
             return Gather(step.dim, self.dim(step.axes))
         if isinstance(step, Take):
             return Take(step.dim, self.dim(step.axes))
+        if isinstance(step, Scale):
+            return Scale(tuple(map(self.dim, step.axes)))
         return Mask()

@@ -1,12 +1,14 @@
-"""Sharded convolutions: over output channels, over input channels, or over groups (a depthwise one is
-local).
+"""Sharded convolutions, transposed ones too: over output channels, over input channels, or over groups (a
+depthwise one is local).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotp.errors import RewriteError
@@ -14,6 +16,8 @@ from autotp.runtime import ops
 from autotp.runtime.edges import Enter, Gather, Take, apply_enter
 from autotp.runtime.linear import BiasPlace, as_dtype
 from autotp.runtime.swap import Sharded, become, check_swappable
+
+Convolve: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +44,19 @@ class ShardedConv(Sharded):
     bias: Tensor | None
     _conv_forward: Any
 
-    @staticmethod
-    def swap(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, options: ConvOptions) -> None:
+    #: What it stands in for, by the number of spatial dims.
+    _kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @classmethod
+    def swap(cls, module: nn.Module, options: ConvOptions) -> None:
         """Make ``module``, whose parameters are local already, a sharded one. Changes it in place."""
-        kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-        kind = kinds.get(len(getattr(module, "kernel_size", ())))
-        if kind is None or not isinstance(module, kind):
-            raise RewriteError(f"{type(module).__qualname__} is not an nn.Conv1d, nn.Conv2d or nn.Conv3d.")
+        kind = next((kind for kind in cls._kinds if isinstance(module, kind)), None)
+        if kind is None:
+            names = ", ".join(f"nn.{kind.__name__}" for kind in cls._kinds)
+            raise RewriteError(f"{type(module).__qualname__} is none of {names}.")
         check_swappable(module, kind.forward, ("weight", "bias"))
-        become(module, ShardedConv, options)
-        ShardedConv.refresh_sizes(module)  # type: ignore[arg-type]
+        become(module, cls, options)
+        cls.refresh_sizes(module)  # type: ignore[arg-type]
 
     def refresh_sizes(self) -> None:
         """Set in_channels, out_channels and groups to the local ones."""
@@ -58,6 +65,10 @@ class ShardedConv(Sharded):
         self.in_channels = self.weight.shape[1] * self.groups
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._between_edges(input, self._conv_forward)
+
+    def _between_edges(self, input: Tensor, convolve: Convolve) -> Tensor:
+        """``convolve(x, weight, bias)`` of what enters, and what becomes of its result."""
         tp = self._tp
         channels = 1 - self.weight.dim()  # counted from the end: the batch dim may be missing
         x = input
@@ -67,15 +78,46 @@ class ShardedConv(Sharded):
             x = tp.take(x, channels)
         bias = self.bias
         if bias is None or tp.bias == "local":
-            y = self._conv_forward(x, self.weight, bias)
+            y = convolve(x, self.weight, bias)
         elif tp.bias == "masked":
-            y = self._conv_forward(x, self.weight, ops.mask(bias, tp.keep))
+            y = convolve(x, self.weight, ops.mask(bias, tp.keep))
         else:
-            y = self._conv_forward(x, self.weight, None)
+            y = convolve(x, self.weight, None)
         if tp.reduce is not None:
             y = ops.all_reduce(y, tp.reduce)
         if tp.bias == "after" and bias is not None:
             y = y + as_dtype(bias, y).view(-1, *[1] * (self.weight.dim() - 2))
         if tp.gather is not None:
             y = tp.gather(y, channels)
-        return y  # type: ignore[no-any-return]
+        return y
+
+
+class ShardedTransposedConv(ShardedConv):
+    """``nn.ConvTranspose1d``, ``nn.ConvTranspose2d`` or ``nn.ConvTranspose3d``, whose weight is ``[in, out, ...]``."""
+
+    _output_padding: Any
+    stride: Any
+    padding: Any
+    kernel_size: Any
+    dilation: Any
+
+    _kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    def refresh_sizes(self) -> None:
+        """Set in_channels, out_channels and groups to the local ones."""
+        self.groups = self._tp.groups
+        self.in_channels = self.weight.shape[0]
+        self.out_channels = self.weight.shape[1] * self.groups
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        spatial = self.weight.dim() - 2
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        return self._between_edges(
+            input,
+            lambda x, weight, bias: convolve(
+                x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+            ),
+        )

@@ -46,7 +46,7 @@ def connect(mesh: DeviceMesh, parts_by_name: Mapping[str, tuple[tuple[int, ...],
     ``parts_by_name`` names groups under the prefix ''; ranks in the parts are places in the mesh.
     """
     prefix = f"autotp{next(_count)}"
-    for name, parts in parts_by_name.items():
+    for name, parts in sorted(parts_by_name.items()):  # every rank makes the same groups in the same order
         if len(parts) == 1:
             register_group(prefix + name, mesh.get_group())
         else:

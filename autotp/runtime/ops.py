@@ -1,4 +1,4 @@
-"""The five moves of a sharded forward, each with its conjugate backward.
+"""The six moves of a sharded forward, each with its conjugate backward.
 
     op          forward                          backward                   Megatron's name
     all_reduce  Partial   -> Replicate  sum      identity                   g
@@ -6,6 +6,7 @@
     gather      Shard     -> Replicate  cat      this rank's slice
     take        Replicate -> Shard      slice    zeros around (a Partial gradient: put an enter before it)
     mask        Replicate -> Partial    x or 0   identity, on every rank
+    scale       mean -> Partial         x * s    x * s: a local mean counts by its share of the elements
 
 The gradient of a replicated value is whole on each rank; the gradient of what an ``enter`` gave out is
 Partial.
@@ -36,6 +37,7 @@ for _schema in (
     "gather(Tensor x, int dim, int[] sizes, int[] perm_starts, int[] perm_lengths, str group) -> Tensor",
     "take(Tensor x, int dim, int[] starts, int[] lengths) -> Tensor",
     "mask(Tensor x, bool keep) -> Tensor",
+    "scale(Tensor x, int part, int whole) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops: Any = torch.ops.autotp
@@ -91,21 +93,26 @@ def gather(
 
 
 def take(x: Tensor, dim: int, starts: Ints, lengths: Ints) -> Tensor:
-    """Replicate to Shard: this rank's runs of dim, for free. In eager mode a view where there is one run."""
+    """Replicate to Shard: this rank's runs of dim, contiguous, as code that takes views of it expects."""
     if not _eager(x):
         return cast(Tensor, _ops.take.default(x, dim, list(starts), list(lengths)))
-    return wire.narrow_runs(x, dim, starts, lengths)
+    return wire.narrow_runs(x, dim, starts, lengths).contiguous()
 
 
 def mask(x: Tensor, keep: bool) -> Tensor:
-    """Replicate to Partial: x where ``keep`` (on one rank), zeros elsewhere. Eagerly x itself where kept."""
+    """Replicate to Partial: x where ``keep`` (on one rank), zeros elsewhere. Eagerly a view of x where kept."""
     if not _eager(x):
         return cast(Tensor, _ops.mask.default(x, keep))
-    if keep:
-        return x
     if x.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _Zeros.apply(x))  # type: ignore[no-untyped-call]
-    return torch.zeros_like(x)
+        return cast(Tensor, _Mask.apply(x, keep))  # type: ignore[no-untyped-call]
+    return x if keep else torch.zeros_like(x)
+
+
+def scale(x: Tensor, part: int, whole: int) -> Tensor:
+    """The mean of ``part`` elements as an addend of the mean of all ``whole``: x · part / whole."""
+    if not _eager(x):
+        return cast(Tensor, _ops.scale.default(x, part, whole))
+    return x * (part / whole)
 
 
 def _eager(x: Tensor) -> bool:
@@ -202,17 +209,20 @@ def _ungather(
     return wire.shard_of_gathered(grad, dim, sizes, perm_starts, perm_lengths, get_group(group).index)
 
 
-class _Zeros(torch.autograd.Function):
-    """mask, on the ranks that add nothing. What it feeds is whole only with the other ranks' part, so its
-    gradient is x's."""
+class _Mask(torch.autograd.Function):
+    """What it feeds is whole only with the other ranks' parts, so the gradient is x's, on every rank.
+
+    A node of the backward graph where x is kept, too: three uses of x have their gradients added in the order of the
+    graph, and ranks with another order would end with other last bits in what they all hold.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
+    def forward(ctx: Any, x: Tensor, keep: bool) -> Tensor:
+        return x.view_as(x) if keep else torch.zeros_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
 
 
 # --- the torch.library side: real, fake and autograd kernels
@@ -240,6 +250,10 @@ def _real_take(x: Tensor, dim: int, starts: Ints, lengths: Ints) -> Tensor:
 
 def _real_mask(x: Tensor, keep: bool) -> Tensor:
     return x.clone() if keep else torch.zeros_like(x)
+
+
+def _real_scale(x: Tensor, part: int, whole: int) -> Tensor:
+    return x * (part / whole)
 
 
 def _fake_all_reduce(x: Tensor, group: str) -> Tensor:
@@ -271,8 +285,16 @@ def _fake_mask(x: Tensor, keep: bool) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_scale(x: Tensor, part: int, whole: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _setup_group(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.group = inputs[1]
+
+
+def _setup_scale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.share = inputs[1:]
 
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -307,6 +329,7 @@ for _name, _real, _fake, _setup, _backward in (
     ),
     ("take", _real_take, _fake_take, _setup_take, _backward_take),
     ("mask", _real_mask, _fake_mask, None, lambda ctx, g: (g, None)),
+    ("scale", _real_scale, _fake_scale, _setup_scale, lambda ctx, g: (scale(g, *ctx.share), None, None)),
 ):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"autotp::{_name}", _fake, lib=_library)

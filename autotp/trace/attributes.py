@@ -24,6 +24,11 @@ from autotp.trace.provenance import Attr, AttrPath, ProvInt, Session, make
 _CONFIG_NAME = re.compile(
     r"(config|cfg|conf|args|params|hparams|opts?|options|hyperparameters)$", re.IGNORECASE
 )
+#: Where a module keeps its hooks: a forward may register some, and note in an attribute that it did.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 _CONFIG_DEPTH = 3  # config.text_config.rope_parameters
 
 
@@ -87,11 +92,15 @@ def provenance(
     module: nn.Module, session: Session | None, exclude: frozenset[type] = frozenset()
 ) -> Iterator[None]:
     """Within, the integers of `module` and its submodules are `ProvInt`s. After, every attribute is what it
-    was before, also those that the forward wrote.
+    was before, also those that the forward wrote, and so are its hooks.
 
     Modules of a class in `exclude` keep plain integers; without a session, all do.
     """
-    before = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in module.modules()]
+    before = [
+        (live, dict(live))
+        for m in module.modules()
+        for live in (m.__dict__, m._buffers, m._parameters, *(m.__dict__[name] for name in _HOOKS))
+    ]
     try:
         for fqn, m in module.named_modules():
             if session is None or type(m) in exclude:
@@ -102,10 +111,9 @@ def provenance(
                     m.__dict__[name] = wrapped
         yield
     finally:
-        for m, attrs, buffers, parameters in before:
-            for live, saved in ((m.__dict__, attrs), (m._buffers, buffers), (m._parameters, parameters)):
-                live.clear()
-                live.update(saved)  # type: ignore[arg-type]
+        for live, saved in before:
+            live.clear()
+            live.update(saved)
         if session is not None:
             session.open = False
             if session.hashed:

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.stateless import _reparametrize_module
 
 from autotp.errors import TraceError
 from autotp.trace.attributes import provenance
-from autotp.trace.cleanup import remove_dead, remove_noops
+from autotp.trace.cleanup import check_indices, remove_dead, remove_noops
 from autotp.trace.constants import LARGEST, Constants
 from autotp.trace.diagnose import trace_error
 from autotp.trace.graph import Call, ModuleCall, Path, Port, Trace
 from autotp.trace.leaves import map_tensors, tensor_leaves
+from autotp.trace.library import unchecked, unmasked
 from autotp.trace.makefx import current_tracer, fake_mode, make_graph, node_of
 from autotp.trace.provenance import Attr, ProvInt, Session, make, rewired
 from autotp.trace.recorder import RanModule, Recorder
 from autotp.trace.skeleton import is_lazy
+from autotp.trace.twins import Twins, twins
 
 Run = Callable[..., Any]
 """How a scenario calls the module: `run(module, *args, **kwargs)`."""
@@ -54,8 +57,10 @@ def trace(
     module is afterwards as it was. Raises `TraceError` where the forward cannot be captured.
     """
     kwargs = dict(kwargs or {})
-    work = _Work(module, tuple(args), kwargs, scenario, run)
-    with _mode(module, scenario == "train" if training is None else training):
+    branch = unmasked() if scenario == "unmasked" else nullcontext()
+    training = scenario == "train" if training is None else training
+    with _mode(module, training), branch, unchecked(), twins(module) as own:
+        work = _Work(module, tuple(args), kwargs, scenario, run, own)
         session = Session(watch)
         try:
             return work.attempt(session)
@@ -76,10 +81,10 @@ def trace(
         if culprit is not None:
             try:
                 traced = work.attempt(Session(watch), frozenset((culprit,)))
-                return replace(traced, notes=(f"{note[:300]} in {culprit.__name__}",))
+                return replace(traced, notes=(*traced.notes, f"{note[:300]} in {culprit.__name__}"))
             except Exception:
                 pass
-        return replace(plain, notes=(note[:300],))
+        return replace(plain, notes=(*plain.notes, note[:300]))
 
 
 @dataclass
@@ -89,6 +94,7 @@ class _Work:
     kwargs: dict[str, Any]
     scenario: str
     run: Run
+    twins: Twins
     failed_in: str | None = None
 
     def attempt(self, session: Session | None, exclude: frozenset[type] = frozenset()) -> Trace:
@@ -110,8 +116,13 @@ class _Work:
             given = dict(zip(originals, inputs, strict=True))
             args, kwargs = map_tensors((self.args, self.kwargs), lambda t: given[id(t)])
             buffers = {node_of(fakes[name], tracer): value for name, value in state.values.items()}
-            constants = Constants(tracer.root, {n: v for n, v in buffers.items() if n is not None})
-            recorder = Recorder(self.module, tracer, session, constants)
+            integers = {node_of(given[k], tracer): t for k, t in originals.items() if _is_known(t)}
+            constants = Constants(
+                tracer.root,
+                {n: v for n, v in buffers.items() if n is not None},
+                {n: v for n, v in integers.items() if n is not None},
+            )
+            recorder = Recorder(self.module, tracer, session, constants, self.twins)
             names = {**fakes, **{alias: fakes[name] for alias, name in state.aliases.items()}}
             registered = {n: t for n, t in names.items() if n not in state.loose}
             for name, (module, attr) in state.loose.items():  # `provenance` puts the attributes back
@@ -132,6 +143,7 @@ class _Work:
         finally:
             self.failed_in = recorder.failed_in if recorder is not None else None
         assert recorder is not None
+        _refuse_lost(gm, self.scenario)
         if not outputs:
             raise TraceError(
                 f"scenario {self.scenario!r} returns no tensor that depends on parameters or inputs"
@@ -145,6 +157,20 @@ class _Work:
     def _input_leaves(self) -> Iterator[tuple[Path, torch.Tensor]]:
         yield from tensor_leaves(self.args, ("args",))
         yield from tensor_leaves(self.kwargs, ("kwargs",))
+
+
+def _refuse_lost(gm: fx.GraphModule, scenario: str) -> None:
+    """What a transformed function (a `vmap`) computes may come out as a constant of unknown value: of a mask that is
+    as good as its ops, but of numbers the way back to the weights that they depend on would be lost."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if isinstance(value, FakeTensor) and (value.is_floating_point() or value.is_complex()):
+            users = ", ".join(str(user.meta.get("call", user.name)) for user in node.users)
+            raise TraceError(
+                f"cannot trace scenario {scenario!r}: {users} takes floating-point numbers that a transformed "
+                "function computed (torch.vmap, torch.func), which a trace does not see into. Compute them with plain "
+                "broadcasting; masks of integers or booleans may be transformed."
+            )
 
 
 @dataclass(frozen=True)
@@ -186,13 +212,18 @@ class _State:
         values = {
             name: tensor.detach()
             for name, tensor in buffers
-            if name in tensors and not tensor.is_floating_point() and not tensor.is_complex()
-            if tensor.device.type == "cpu" and tensor.numel() <= LARGEST
+            if name in tensors and _is_known(tensor)
         }
         loose = {name: at for name, at in loose.items() if name in tensors}
         return cls(
             tensors, aliases, frozenset(n for n, _ in (*buffers, *plain) if n in tensors), values, loose
         )
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    """Whether the values of a buffer or of an input are taken along: small integers."""
+    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    return whole and tensor.device.type == "cpu" and tensor.numel() <= LARGEST
 
 
 @contextmanager
@@ -249,6 +280,7 @@ def _finish(
     ran = [replace(r, inputs=rewire(r.inputs), outputs=rewire(r.outputs)) for r in recorder.ran]
     outputs = rewire(outputs)
     _rewire_calls(graph, replaced)
+    check_indices(graph, recorder.constants.tensors())
     remove_dead(graph, (port.node for r in ran for port in (*r.inputs, *r.outputs)))
     out = graph.output_node()
     out.args = (tuple(port.node for port in outputs),)
@@ -272,6 +304,7 @@ def _finish(
         outputs=outputs,
         calls=tuple(finished(r) for r in ran),
         constants={n: v for n, v in recorder.constants.tensors().items() if n in here},
+        notes=tuple(dict.fromkeys(recorder.notes)),
     )
 
 

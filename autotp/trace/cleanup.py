@@ -1,14 +1,16 @@
-"""Take out of a graph what computes nothing: conversions to the same dtype, aliases, dropout that is off,
+"""Take out of a graph what computes nothing: conversions to the same dtype, aliases, dropout that is off
+(or of probability 0),
 mode switches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from autotp.errors import TraceError
 from autotp.trace.graph import Call
 from autotp.trace.provenance import Dim, Expr, Op, ProvInt
 
@@ -50,7 +52,7 @@ def same_as(node: fx.Node) -> fx.Node | None:
         return source if before.is_contiguous(memory_format=wanted) else None  # type: ignore[arg-type]
     if name == "detach" and not source.meta.get("requires_grad", True):
         return source
-    if name in _DROPOUTS and len(node.args) > 2 and node.args[2] is False:
+    if name in _DROPOUTS and len(node.args) > 2 and (node.args[2] is False or node.args[1] == 0):
         return source
     return None
 
@@ -84,6 +86,34 @@ def remove_noops(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         while replaced[node] in replaced:
             replaced[node] = replaced[replaced[node]]
     return replaced
+
+
+def check_indices(graph: fx.Graph, constants: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Indices whose values are known lie inside, which a fake tensor does not look at; of dead nodes, too: they run.
+
+    Raises:
+        TraceError: one does not (a rank has fewer elements than the model).
+    """
+    for node in graph.nodes:
+        name = op_name(node) if node.op == "call_function" else ""
+        if name == "index":
+            given = dict(enumerate(node.args[1]))
+        elif name == "index_select":
+            given = {node.args[1]: node.args[2]}
+        else:
+            continue
+        shape = node.args[0].meta["val"].shape
+        known = {d: constants.get(index) for d, index in given.items() if isinstance(index, fx.Node)}
+        if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in known.values()):
+            continue  # a mask stands for as many dims as it has
+        for d, index in known.items():
+            if index is not None and index.numel() and not -shape[d] <= index.min() <= index.max() < shape[d]:
+                module = node.meta.get("module", "")
+                raise TraceError(
+                    f"in {module or 'the root module'!r}, {node.meta.get('call') or name}: an index reaches from "
+                    f"{int(index.min())} to {int(index.max())} in a dim of {shape[d]}",
+                    module,
+                )
 
 
 def remove_dead(graph: fx.Graph, keep: Iterable[fx.Node]) -> None:

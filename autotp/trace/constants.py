@@ -3,6 +3,10 @@ buffers.
 
 An `index` by such a tensor is a slice to the analysis (Falcon picks its keys with `fused_qkv[..., [-2], :]`),
 and a branch on one (`if positions.max() > limit`) can be followed.
+
+What follows from integers that the example inputs *give* is known as well, but holds for these inputs alone: heights
+and widths of images (`grid_thw.tolist()`), lengths of sequences. The code may read them as sizes, as it reads a shape;
+they are no constants, and no branch on one is followed.
 """
 
 from __future__ import annotations
@@ -15,15 +19,22 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-LARGEST = 1 << 16  # elements
+LARGEST = 1 << 20  # elements
+
+#: Of their second argument only the shape counts.
+_AS = (torch.ops.aten.expand_as.default, torch.ops.aten.view_as.default, torch.ops.aten.reshape_as.default)
 
 
 class Constants:
     """The known values of a growing graph. `advance` takes in the nodes made since the last call."""
 
-    def __init__(self, root: Any, buffers: Mapping[fx.Node, torch.Tensor]) -> None:
+    def __init__(
+        self, root: Any, buffers: Mapping[fx.Node, torch.Tensor], inputs: Mapping[fx.Node, torch.Tensor]
+    ) -> None:
         self.root = root
-        self.buffers = buffers
+        self.buffers = {**buffers, **inputs}
+        self.given = set(inputs)
+        """Whose values come from the example inputs."""
         self.values: dict[fx.Node, torch.Tensor | list[Any] | tuple[Any, ...]] = {}
 
     def advance(self, nodes: Iterator[fx.Node]) -> None:
@@ -35,6 +46,7 @@ class Constants:
                 if (
                     isinstance(value, torch.Tensor)
                     and not isinstance(value, FakeTensor)
+                    and not torch._C._functorch.is_functorch_wrapped_tensor(value)  # one row, in a vmap
                     and value.device.type == "cpu"
                 ):
                     self.values[node] = value.detach()
@@ -42,25 +54,37 @@ class Constants:
                 self._evaluate(node)
 
     def tensors(self) -> dict[fx.Node, torch.Tensor]:
-        return {node: value for node, value in self.values.items() if isinstance(value, torch.Tensor)}
+        """The constants."""
+        return {
+            node: value
+            for node, value in self.values.items()
+            if isinstance(value, torch.Tensor) and node not in self.given
+        }
 
     def _evaluate(self, node: fx.Node) -> None:
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload):
-            if target._schema.is_mutable:
+            if target._schema.is_mutable and target is not torch.ops.aten.detach_.default:
                 self._forget_mutated(node, target)
                 return
             if not _deterministic(target):
                 return
         elif getattr(target, "__name__", "") != "getitem":
             return
-        if any(arg not in self.values for arg in node.all_input_nodes) or not _small(node.meta.get("val")):
+        known = {arg: self.values[arg] for arg in node.all_input_nodes if arg in self.values}
+        if target in _AS and node.args[0] in self.given:
+            like: Any = node.args[1]
+            known.setdefault(like, torch.zeros(()).expand(like.meta["val"].shape))
+        if len(known) < len(node.all_input_nodes) or not _small(node.meta.get("val")):
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self.values[arg])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        target = torch.ops.aten.detach.default if target is torch.ops.aten.detach_.default else target
         try:
             self.values[node] = target(*args, **kwargs)
         except Exception:  # a constant is a bonus: what cannot be computed here stays unknown
             return
+        if not self.given.isdisjoint(node.all_input_nodes):
+            self.given.add(node)
 
     def _forget_mutated(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         """A value that is written to is not a constant, nor are its views."""

@@ -32,6 +32,15 @@ def trace_error(error: Exception, module: str | None, scenario: str) -> TraceErr
     if site is not None:
         where += f", {site} ({site.filename}:{site.line})"
     kind, text = type(error).__name__, " ".join(str(error).split())[:400]
+    if _needs_memory(error):
+        function = f"{site.qualname}: " if site is not None else ""
+        return TraceError(
+            f"cannot trace scenario {scenario!r}: {where}, a kernel wants memory or a device that tensors do not have "
+            f"while they are traced ({function}{kind}: {text}). If torch knows an equal op, call that "
+            "(F.scaled_dot_product_attention in place of an attention kernel); else make the kernel an op, "
+            "torch.library.custom_op with register_fake, and say how it shards with autotp.register_rule.",
+            module,
+        )
     if _is_data_dependent(error):
         return TraceError(
             f"cannot trace scenario {scenario!r}: {where}, the code depends on values of a tensor "
@@ -61,6 +70,19 @@ def _is_data_dependent(error: BaseException) -> bool:
     return (
         bool(names & _DATA_DEPENDENT)
         or "data-dependent" in text.lower()
-        or "Cannot access data pointer of Tensor" in text
         or "It appears that you're trying to get value out of a tracing tensor" in text
+    )
+
+
+def _needs_memory(error: BaseException) -> bool:
+    """Whether it is a kernel's: one that is given a tensor's address, or has no form for fake CPU tensors."""
+    text = str(error)
+    return (
+        type(error).__name__ in ("UnsupportedOperatorException", "UnsupportedFakeTensorException")
+        or "Cannot access data pointer of Tensor" in text
+        or "no fake impl registered" in text
+        or ("only support" in text and "CUDA" in text)
+        or ("not support" in text and "CPU" in text)
+        or "not compiled with CUDA" in text
+        or ("Could not run '" in text and "backend" in text)
     )

@@ -66,6 +66,11 @@ class Call:
     module: str
     ints: tuple[tuple[Path, int], ...]
     index: int
+    twin_of: str = ""
+    """The kernel in whose place this call was traced, in code that the model itself does not run; frames up to
+    `around` are of that code."""
+    around: tuple[Site, ...] = ()
+    """The frames from the call of that code outwards."""
 
     def __str__(self) -> str:
         return (

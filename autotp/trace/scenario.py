@@ -8,6 +8,7 @@ graph.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType
@@ -19,11 +20,24 @@ from torch import nn
 from autotp.errors import TraceError
 from autotp.trace.attributes import fields, is_config
 from autotp.trace.capture import Run, call_forward, trace
+from autotp.trace.config import vocabulary
 from autotp.trace.fold import Folds, fold
 from autotp.trace.graph import Trace
-from autotp.trace.inputs import BATCH, DECODER_SEQ, SEQ, as_arguments, example_inputs, token_ids, vocabulary
+from autotp.trace.inputs import (
+    BATCH,
+    DECODER_SEQ,
+    ENCODER_STATES,
+    SEQ,
+    Arguments,
+    as_arguments,
+    encoder_states,
+    example_inputs,
+    token_ids,
+)
 from autotp.trace.library import is_transformers
+from autotp.trace.media import media_inputs
 from autotp.trace.skeleton import skeleton
+from autotp.trace.twins import Switch, registered, replaced, switches
 
 _CACHES = ("past_key_values", "cache_params", "state")
 
@@ -42,8 +56,10 @@ def scenarios(
 ) -> tuple[Scenario, ...]:
     """The scenarios of `model`; the first is "forward", called with what the user gave or with
     `example_inputs`."""
-    args, kwargs = example_inputs(model) if given is None else as_arguments(given)
+    args, kwargs = _found_inputs(model) if given is None else as_arguments(given)
     found = [Scenario("forward", args, kwargs)]
+    if given is None and (alone := {k: v for k, v in kwargs.items() if k not in ENCODER_STATES}).keys() < kwargs.keys():
+        found.append(Scenario("alone", args, alone))
     if trains_differently(model):
         found.append(Scenario("train", args, kwargs, training=True))
     decoding = _decode(model)
@@ -52,29 +68,92 @@ def scenarios(
     return tuple(found)
 
 
+def _found_inputs(model: nn.Module) -> Arguments:
+    """With images or sounds, or an encoder's states, where the model takes them beside text and can be traced so."""
+    args, kwargs = example_inputs(model)
+    for more in itertools.chain(media_inputs(model), encoder_states(model)):
+        with_more = {**kwargs, **more}
+        try:
+            trace_model(model, [Scenario("forward", args, with_more)])
+        except TraceError:
+            continue
+        return args, with_more
+    return args, kwargs
+
+
 def trace_model(
     model: nn.Module, wanted: Sequence[Scenario], *, folded: bool = True
 ) -> tuple[tuple[Trace, ...], Folds]:
     """Trace a skeleton of `model` in each scenario; all traces share the skeleton. Repeated layers are folded
-    where that is possible and right.
+    where that is possible and right. Kernels that cannot be traced are traced as their twins.
 
     A scenario other than the first that cannot be traced is left out, and the first trace says so in its
     notes.
     """
+    first: TraceError | None = None
+    best: tuple[tuple[Trace, ...], Folds, int] | None = None
+    for switch in switches(model):
+        try:
+            traces, folds, failed = _traced(model, wanted, switch, folded)
+        except TraceError as error:
+            first, last, tried = first or error, error, switch
+            continue
+        if best is None or len(failed) < best[2]:
+            best = (_twins_noted(traces[0], model, first), *traces[1:]), folds, len(failed)
+        if not failed:
+            break
+        first = first or failed[0]
+    if best is not None:
+        return best[:2]
+    assert first is not None
+    if str(first) == str(last):
+        raise last
+    raise _no_twin(model, tried, first, last) from last
+
+
+def _traced(
+    model: nn.Module, wanted: Sequence[Scenario], switch: Switch, folded: bool
+) -> tuple[tuple[Trace, ...], Folds, list[TraceError]]:
+    """The traces with these twins, and why others are missing."""
     if folded:
-        bare = skeleton(model)
+        bare = skeleton(model, switch)
         folds = fold(bare)
         if folds:
             traces, failed = _each(bare, wanted, folds)
             if wanted[0].name in traces and not folds.suspect:
                 # what fails folded (a loop over range(num_layers), say) may be fine in the whole model
                 again = [scenario for scenario in wanted if scenario.name in failed]
-                if not _each(skeleton(model), again, Folds())[0]:
-                    return _noted(traces, failed), folds
-    traces, failed = _each(skeleton(model), wanted, Folds())
+                if not _each(skeleton(model, switch), again, Folds())[0]:
+                    return _noted(traces, failed), folds, list(failed.values())
+    traces, failed = _each(skeleton(model, switch), wanted, Folds())
     if wanted[0].name in failed:
         raise failed[wanted[0].name]
-    return _noted(traces, failed), Folds()
+    return _noted(traces, failed), Folds(), list(failed.values())
+
+
+def _twins_noted(trace: Trace, model: nn.Module, error: TraceError | None) -> Trace:
+    """A note for each function of the user's that a twin stands in for: that it fits is the user's to know."""
+    if error is None:
+        return trace
+    notes = tuple(
+        f"{chosen!r} cannot be traced on a CPU and was planned as {twin!r}: it is called with each rank's own heads "
+        f"or width and has to treat them one by one ({error})"
+        for chosen, twin in replaced(trace.module)
+        if chosen in registered(model)
+    )
+    return replace(trace, notes=(*trace.notes, *notes))
+
+
+def _no_twin(model: nn.Module, switch: Switch, first: TraceError, last: TraceError) -> TraceError:
+    pairs = replaced(skeleton(model, switch))
+    names = " and ".join(f"{chosen!r} (nor {twin!r} in its place)" for chosen, twin in pairs)
+    return TraceError(
+        f"cannot trace the model with {names or 'its kernels'}: {last}"
+        f" Before that: {first}"
+        " Make the kernel an op (torch.library.custom_op with register_fake) and give it a rule "
+        "(autotp.register_rule), or load the model with attn_implementation='sdpa' or 'eager'.",
+        last.module,
+    )
 
 
 def _each(

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp.trace.library import make_traceable
+from autotp.trace.twins import DEFAULT, Switch, make_traceable
 
 LARGEST_BUFFER = 1 << 16  # elements
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A structural copy of `model` without its weights, ready to be traced."""
+def skeleton(model: nn.Module, switch: Switch = DEFAULT) -> nn.Module:
+    """A structural copy of `model` without its weights, ready to be traced.
+
+    `switch` says which kernels it runs in place of those that a CPU cannot trace.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -32,7 +35,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         bare: nn.Module = copy.deepcopy(model, dict(memo))
     except Exception:  # something in it does not copy (a lock, a process group): share that
         bare = _copy_module(model, memo)
-    make_traceable(bare)
+    make_traceable(bare, switch)
     return bare
 
 

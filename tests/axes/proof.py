@@ -15,6 +15,7 @@ axis that the rule lets be sharded, over 2 and 3 ranks with uneven shards:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,7 +224,11 @@ def _shard_problems(one: OneOp, atom: Atom, tp: int) -> list[str]:
             result = call_on_rank(one.node.target, whole, whole_kw, layouts, ranges, rank)
         except (RuntimeError, IndexError, ValueError) as error:
             return [f"the op refuses its shard on rank {rank}: {str(error).splitlines()[0]}"]
-        per_rank.append(one.outputs(result))
+        outputs = one.outputs(result)
+        if rule.is_mean and contracted:
+            share = math.prod(local_size(d, ranges, rank) / size_of(d) for d in one.contracted)
+            outputs = [value * share for value in outputs]
+        per_rank.append(outputs)
     found = []
     for k, reference in enumerate(one.outputs(one.reference)):
         if not isinstance(reference, torch.Tensor):

@@ -332,11 +332,12 @@ class _Run:
             kwargs = _fill(kwargs, ("kwargs",), by_path, outer)
             args, kwargs = _widen((args, kwargs))
             try:
-                outputs.append(
-                    call_on_rank(
-                        node.target, args, kwargs, [o.dims for o in info.operands], self.ranges, rank
-                    )
-                )
+                layouts = [o.dims for o in info.operands]
+                output = call_on_rank(node.target, args, kwargs, layouts, self.ranges, rank)
+                if info.averaged and contracts:
+                    held = (local_size(d, self.ranges, rank) / size_of(d) for d in info.contracted)
+                    output = output * math.prod(held)
+                outputs.append(output)
             except (RuntimeError, IndexError, ValueError) as error:
                 raise ReplayError(f"{self.name(node)} on rank {rank}: {error}") from error
         if partial:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from autotp.axes.analysis import Analysis, analyse
-from autotp.axes.rules.registry import find_rule, register_rule, rule
+from autotp.axes.rules.custom import register_rule, unregister_rule
+from autotp.axes.rules.registry import find_rule, rule
 from autotp.axes.term import Atom, Dim, show
 from autotp.errors import RuleError
 from autotp.trace.capture import trace
@@ -206,4 +207,5 @@ def test_a_custom_op() -> None:
     register_rule("autotp_test::scaled", "...d, d -> ...d")
     assert find_rule(torch.ops.autotp_test.scaled.default) is not None
     known = analyse(trace(Model(), (torch.zeros(3, 5),)))
+    unregister_rule(scaled)
     assert known.param_dims("up.weight")[0] == known.param_dims("scale")[0]

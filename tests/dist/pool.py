@@ -35,7 +35,7 @@ from typing import Any
 
 from tests.dist import worker
 
-WORKERS = 4
+WORKERS = 5
 _GRACE_SECONDS = 3.0  # how long the peers of a rank that failed may take to fail as well
 
 
@@ -60,7 +60,7 @@ class _Worker:
 
 
 class Pool:
-    """Up to four workers, started at the first job."""
+    """Up to five workers, started at the first job."""
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []

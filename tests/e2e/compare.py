@@ -52,6 +52,7 @@ class Problems:
         elif not theirs.is_floating_point():
             self.check(torch.equal(mine, theirs), f"{what} differs")
         elif theirs.numel():
+            mine, theirs = mine.detach(), theirs.detach()
             error, scale = float((mine - theirs).abs().max()), float(theirs.abs().max())
             self.check(
                 error <= ATOL + self.rtol * scale,
@@ -80,20 +81,20 @@ def compare(name: str, variant: dict[str, object], guessed: bool = False, rtol: 
     sharding = sharding_of(model)
     assert sharding is not None
     problems = Problems(rtol=rtol)
-    _compare_parameters(problems, model, reference, sharding)
+    compare_parameters(problems, model, reference, sharding)
     with record_collectives() as log:
         compare_passes(problems, "inputs as traced", model, reference, traced, sharding)
     if not guessed:  # of other inputs the plan does not know the bytes
-        _compare_collectives(problems, log, sharding.plan, sharding.rank.rank)
+        compare_collectives(problems, log, sharding.plan, sharding.rank.rank)
     compare_passes(problems, "other inputs", model, reference, other, sharding)
-    _compare_state(problems, model, reference)
+    compare_state(problems, model, reference)
     if case.generative:
         _compare_generated(problems, case, model, reference)
     placements = {name: e.placement for e in sharding.plan.entries for name in unfold(e.name)}
     return Report(tuple(problems.found), sharding.plan, placements)
 
 
-def _compare_parameters(
+def compare_parameters(
     problems: Problems, model: nn.Module, reference: nn.Module, sharding: Sharding
 ) -> None:
     """Names, slices and planned shapes."""
@@ -162,7 +163,7 @@ def _compare_ranks(problems: Problems, values: dict[str, Tensor], sharding: Shar
             )
 
 
-def _compare_collectives(problems: Problems, log: CollectiveLog, plan: Plan, rank: int) -> None:
+def compare_collectives(problems: Problems, log: CollectiveLog, plan: Plan, rank: int) -> None:
     """What went over the wire in one forward and backward pass is what the plan says, number and bytes."""
     for kind in ("all_reduce", "all_gather"):
         for direction, phases in (("forward", ("forward",)), ("backward", ("backward", "step"))):
@@ -174,7 +175,7 @@ def _compare_collectives(problems: Problems, log: CollectiveLog, plan: Plan, ran
             )
 
 
-def _compare_state(problems: Problems, model: nn.Module, reference: nn.Module) -> None:
+def compare_state(problems: Problems, model: nn.Module, reference: nn.Module) -> None:
     mine, theirs = autotp.full_state_dict(model), reference.state_dict()
     problems.equal("names in the state dict", list(mine), list(theirs))
     for name, tensor in theirs.items():

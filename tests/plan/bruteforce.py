@@ -259,11 +259,8 @@ class Ranks:
         for node in partial:
             info = self.ops[node]
             for i, operand in enumerate(info.operands):
-                if node in self.sources:
-                    once = i in info.added
-                else:
-                    once = info.linear.kind == "add" and operand.node not in partial - reduce
-                if once:
+                summand = node not in self.sources and info.linear.kind == "add"
+                if i in info.added or (summand and operand.node not in partial - reduce):
                     found.add(Edge(operand.node, node, i))
         return found
 

@@ -127,7 +127,7 @@ def test_the_other_way_round() -> None:
 # ---- what cannot be read ---------------------------------------------------------------------------------
 
 THERE = "the given overrides: "
-KNOWN = "; there are column, row, vocab, shard, replicate"
+KNOWN = "; there are column, row, vocab, shard, replicate, and shard(0) for one dim"
 
 
 @pytest.mark.parametrize(
@@ -292,3 +292,22 @@ def test_layers_that_are_folded_into_one() -> None:
         PlanError, match=r"'model.layers.3.mlp' matches 1 of 5 layers that are planned as one"
     ):
         Overrides.load(some).apply(analyse(traces[0]), folds, model, 2)
+
+
+def test_one_dim() -> None:
+    """``shard(0)`` is the output dim of a Linear, ``shard(1)`` its input dim."""
+    found = placements({"model.layers.*.mlp.up_proj": "shard(0)", "model.layers.*.mlp.down_proj": "shard(1)"})
+    assert found == placements({})
+    said = refusal({"modules": {"model.layers.*.mlp.up_proj": "shard(1)", "model.layers.*.mlp.down_proj": "row"}})
+    assert "model.layers.0.mlp.up_proj.weight" in said and "shard(1)" in said and "exclude each other" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("shard(2)", "shard(2) cannot hold: model.layers.0.mlp.up_proj.weight has 2 dims"),
+        ("shard(-1)", "'shard(-1)' is no placement (did you mean 'shard'?); there are column, row, vocab, shard, "),
+    ],
+)
+def test_no_such_dim(word: str, said: str) -> None:
+    assert said in refusal({"modules": {"model.layers.*.mlp.up_proj": word}})

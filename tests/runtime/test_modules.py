@@ -470,7 +470,7 @@ def test_refusals() -> None:
             ShardedEmbedding.swap(nn.Embedding(4, 2, **extra), rows)
     with pytest.raises(RewriteError, match="a weight of 5 rows"):
         ShardedEmbedding.swap(nn.Embedding(5, 2), rows)
-    with pytest.raises(RewriteError, match="ConvTranspose1d is not an"):
+    with pytest.raises(RewriteError, match="ConvTranspose1d is none of nn.Conv1d, nn.Conv2d, nn.Conv3d"):
         ShardedConv.swap(nn.ConvTranspose1d(2, 2, 1), ConvOptions())  # type: ignore[arg-type]
 
 

@@ -234,7 +234,7 @@ def attention() -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
 def embedding() -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
     m = nn.Embedding(5, 4)
     ShardedEmbedding.swap(m, EmbeddingOptions(rows=((3, 5),), vocab=10, reduce="tp"))
-    return m, (torch.tensor([1, 9, 4]),), ["all_reduce"]
+    return m, (torch.tensor([1, 9, 4]),), ["lookup", "all_reduce"]
 
 
 def convolution() -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+from autotp.errors import TraceError
 from autotp.trace.attributes import int_attributes
 from autotp.trace.capture import trace
 from autotp.trace.graph import Trace
@@ -50,3 +52,87 @@ def test_replay_equals_eager(case: ModelCase, variant: dict[str, object]) -> Non
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     plain = [type(v) for m in found.module.modules() for _, v in int_attributes(m)]
     assert ProvInt not in plain
+
+
+class Hooks(nn.Module):
+    """Registers a hook at its first call, and remembers that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            self.lin.register_forward_hook(lambda module, args, out: out * 2)
+            self.hooked = True
+        return self.lin(x)
+
+
+def test_hooks_that_a_forward_registers_are_gone_after_the_trace() -> None:
+    bare = skeleton(Hooks())
+    first, second = (trace(bare, (torch.zeros(2, 4),)) for _ in range(2))
+    assert [n.name for n in first.graph.nodes] == [n.name for n in second.graph.nodes]
+    assert not hasattr(bare, "hooked")
+    assert not bare.get_submodule("lin")._forward_hooks
+
+
+class Sized(nn.Module):
+    """It splits rows by lengths that come as a tensor, and may branch on them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.how == "bool" and (lengths > 1).all():
+            x = x + 1
+        if self.how == "equal" and torch.equal(lengths, lengths.flip(0)):
+            x = x + 1
+        if self.how == "float" and (lengths.double() / 2).sum().item() > 1:
+            x = x + 1
+        first, *_ = x.split(lengths.tolist())
+        first = first.reshape(lengths[0], -1)
+        return self.linear(torch.cat([first[: lengths[0]], x[:2].repeat_interleave(lengths, 0)]))
+
+
+def test_sizes_that_the_inputs_give_are_read() -> None:
+    model, args = Sized("sizes").double(), (torch.randn(5, 4, dtype=torch.float64), torch.tensor([2, 3]))
+    found = trace(skeleton(model), args)
+    torch.testing.assert_close(replay(found, state_of(model, found), args)[0], model(*args))
+    assert any("lengths.tolist()" in note for note in found.notes)
+    assert any("first[: lengths[0]]" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("how", ["bool", "equal", "float"])
+def test_no_branch_on_what_the_inputs_give(how: str) -> None:
+    with pytest.raises(TraceError, match="depends on values"):
+        trace(skeleton(Sized(how)), (torch.zeros(5, 4), torch.tensor([2, 3])))
+
+
+class Blocks(nn.Module):
+    """A mask from a function of two places, vmapped, as transformers makes those of images in a text; or a bias."""
+
+    def __init__(self, learnt: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.slope = nn.Parameter(torch.rand(5)) if learnt else None
+
+    def forward(self, x: Tensor, blocks: Tensor) -> Tensor:
+        def same(q: Tensor, k: Tensor) -> Tensor:
+            mask = (blocks[q] == blocks[k]) | (q >= k)
+            return mask if self.slope is None else mask * self.slope[q]
+
+        places = torch.arange(x.shape[0])
+        with TransformGetItemToIndex():
+            mask = torch.vmap(torch.vmap(same, (None, 0)), (0, None))(places, places)
+        return self.linear(x) * mask.double().mean(1, keepdim=True) + x[blocks == 1].sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch hides by itself
+def test_masks_of_vmapped_functions() -> None:
+    args = (torch.zeros(5, 4), torch.tensor([0, 1, 1, 2, 3]))
+    found = trace(skeleton(Blocks(learnt=False)), args)
+    assert found.outputs[0].node.meta["val"].shape == (5, 4)
+    with pytest.raises(TraceError, match="a transformed function computed"):
+        trace(skeleton(Blocks(learnt=True)), args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from autotp.errors import TraceError
 from autotp.trace.capture import trace
 from autotp.trace.inputs import as_arguments, example_inputs
 from autotp.trace.leaves import tensor_leaves
+from autotp.trace.media import media_inputs
 from autotp.trace.replay import replay, state_of
 from autotp.trace.scenario import scenarios, trace_model
 from autotp.trace.skeleton import skeleton
@@ -236,3 +239,96 @@ def test_known_values_are_followed() -> None:
     index = next(n for n in reversed(found.graph.nodes) if n.name.startswith("index"))
     picked = [found.constants[n].tolist() for n in index.all_input_nodes if n in found.constants]
     assert picked == [[-2]]
+
+
+# images, audio, pages
+
+
+def sees(**changes: object) -> nn.Module:
+    """A language model that sees: CLIP's tower and Llama, an image of 3 x 3 patches."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 12}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **sizes, "vocab_size": 31, "num_key_value_heads": 2},
+        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": 12, "patch_size": 4},
+        **{"image_token_index": 29, "vision_feature_layer": -1, **changes},
+    )
+    return transformers.LlavaForConditionalGeneration(config).double().eval()
+
+
+def test_an_image_and_its_tokens() -> None:
+    model = sees()
+    forward = scenarios(model)[0]
+    found = forward.kwargs
+    assert found["pixel_values"].shape == (2, 3, 12, 12)
+    assert found["input_ids"].shape == (2, 9 + 7)
+    assert found["input_ids"][0].eq(29).sum() == 9
+    model(**found)
+    used = {n for n, node in trace_model(model, [forward])[0][0].params.items() if node.users}
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1.weight" in used
+
+
+def test_no_image_where_there_is_no_token_for_it() -> None:
+    model = sees(image_token_index=31)  # beyond the vocabulary
+    assert "pixel_values" not in scenarios(model)[0].kwargs
+    assert list(media_inputs(MODELS["llama"].build())) == []
+
+
+def test_the_checks_of_values_are_back_after_a_trace() -> None:
+    transformers_checks = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    model = sees()
+    assert transformers_checks not in os.environ
+    found = scenarios(model)[0].kwargs
+    assert transformers_checks not in os.environ
+    with pytest.raises(ValueError, match="do not match"):
+        model(**{**found, "input_ids": found["input_ids"][:, 5:]})
+
+
+def test_several_kinds_of_inputs() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 12}
+    layers = {"num_layers": 1, "num_heads": 2, "d_model": 8, "d_ff": 12, "d_kv": 4, "vocab_size": 31}
+    conv = {"conv_dim": [8], "conv_stride": [5], "conv_kernel": [10], "num_conv_pos_embedding_groups": 2}
+    wave = transformers.Wav2Vec2Config(**sizes, **conv)
+    with torch.device("meta"):
+        stacked = transformers.Wav2Vec2BertConfig(**sizes, feature_projection_input_dim=20)
+        assert shapes(transformers.Wav2Vec2BertModel(stacked)) == {"1.input_features": (2, 29, 20)}
+        listed = transformers.Siglip2Config(
+            text_config={**sizes, "vocab_size": 31},
+            vision_config={**sizes, "patch_size": 4, "num_patches": 16},
+        )
+        assert shapes(transformers.Siglip2Model(listed)) == {
+            "1.input_ids": (2, 7),
+            "1.pixel_values": (2, 15, 48),
+            "1.pixel_attention_mask": (2, 15),
+            "1.spatial_shapes": (2, 2),
+        }
+        page = transformers.LayoutLMConfig(**sizes, vocab_size=31)
+        assert shapes(transformers.LayoutLMModel(page)) == {"1.input_ids": (2, 7), "1.bbox": (2, 7, 4)}
+        patches = transformers.Pix2StructConfig(
+            text_config={**layers, "hidden_size": 8}, vision_config={**sizes, "patch_size": 4, "d_ff": 12}
+        )
+        found = shapes(transformers.Pix2StructForConditionalGeneration(patches))
+        assert found["1.flattened_patches"] == (2, 15, 2 + 48)
+        music = transformers.MusicgenDecoderConfig(
+            vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=12, num_codebooks=3
+        )
+        assert shapes(transformers.MusicgenForCausalLM(music)) == {"1.input_ids": (6, 7)}
+        pair = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(
+            wave, transformers.BertConfig(**sizes, vocab_size=31)
+        )
+        assert shapes(transformers.SpeechEncoderDecoderModel(pair)) == {
+            "1.inputs": (2, 80),
+            "1.decoder_input_ids": (2, 5),
+        }
+
+
+def test_a_decoder_by_itself_is_traced_with_states_to_look_at_and_without() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "d_model": 8, "decoder_ffn_dim": 12, "vocab_size": 31}
+    with torch.device("meta"):
+        model = transformers.BartForCausalLM(transformers.BartConfig(**sizes))
+    first, *others = scenarios(model)
+    assert first.kwargs["encoder_hidden_states"].shape[-1] == 8
+    alone = next(scenario for scenario in others if scenario.name == "alone")
+    assert alone.kwargs.keys() == first.kwargs.keys() - {"encoder_hidden_states"}

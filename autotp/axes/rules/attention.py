@@ -9,9 +9,14 @@ queries of one): keys expanded in the model (an ``expand`` made ``G``, so heads 
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from autotp.axes.rules.dims import aten, whole_dims
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import CannotUnify, Dim
+
+Use: TypeAlias = tuple[int, int]
+"""An operand, and one of its dims."""
 
 
 @rule(
@@ -37,7 +42,10 @@ def attention(op: OpContext) -> None:
     rank = op.rank(q)
     grouped = bool(op.args.get("enable_gqa", False)) and rank > 2 and op.shape(q)[-3] != op.shape(k)[-3] != 1
     leading = [
-        _grouped_heads(op, q, [k, v], mask)
+        grouped_heads(
+            op, (q, rank - 3), [(i, op.rank(i) - 3) for i in (k, v)],
+            [] if mask is None or op.rank(mask) < 3 else [(mask, op.rank(mask) - 3)],
+        )
         if grouped and at == 3
         else op.join([(i, op.rank(i) - at) for i in operands if op.rank(i) >= at])
         for at in range(rank, 2, -1)
@@ -60,21 +68,23 @@ def attention(op: OpContext) -> None:
         op.random()
 
 
-def _grouped_heads(op: OpContext, q: int, keys: list[int], mask: int | None) -> Dim:
-    """Read the queries' heads as kv heads by queries of one (``enable_gqa``); the result's heads."""
-    heads, kv_heads = op.shape(q)[-3], op.shape(keys[0])[-3]
-    uses = [
-        (q, op.rank(q) - 3),
-        *([(mask, op.rank(mask) - 3)] if mask is not None and op.rank(mask) >= 3 else []),
-    ]
-    every = [*uses, *((i, op.rank(i) - 3) for i in keys)]
+def grouped_heads(op: OpContext, query: Use, keys: list[Use], others: list[Use]) -> Dim:
+    """The heads of the result, from the dims that are heads: of the queries (as `others`), and of keys and values.
+
+    Where there are more of the former, they are read as kv heads by queries of one.
+    """
+    heads, kv = op.shape(query[0])[query[1]], {op.shape(i)[d] for i, d in keys}
+    uses, every = [query, *others], [query, *others, *keys]
+    if kv <= {1, heads}:
+        return op.join(every)
+    kv_heads = max(kv)
     start = op.solver.mark()
     try:
-        if heads % kv_heads or any(op.shape(i)[-3] != kv_heads for i in keys):
+        if heads % kv_heads or len(kv) > 1 or any(op.is_blocked(i, d) for i, d in every):
             raise CannotUnify("queries' heads are no multiple of the kv heads")
-        major, minor = op.solver.split(op.dims(q)[-3], [kv_heads, heads // kv_heads])
-        for i in keys:
-            op.solver.unify(major, op.dims(i)[-3])
+        major, minor = op.solver.split(op.dims(query[0])[query[1]], [kv_heads, heads // kv_heads])
+        for i, d in keys:
+            op.solver.unify(major, op.dims(i)[d])
     except CannotUnify:
         op.solver.undo(start)
         for i, d in every:
@@ -85,5 +95,5 @@ def _grouped_heads(op: OpContext, q: int, keys: list[int], mask: int | None) -> 
         for i, d in every:
             op.block(i, d)
         return joined
-    op.consume_as(q, op.rank(q) - 3, (*major, *minor))
+    op.consume_as(*query, (*major, *minor))
     return (*major, *minor)

@@ -81,10 +81,12 @@ class OpContext:
         self.results: tuple[tuple[Dim, ...], ...] | None = None
         self.whole_results: set[tuple[int, int]] = set()
         self.contracted: list[Dim] = []
+        self.is_mean = False
         self.linearity = NOT_LINEAR
         self.added_operands: frozenset[int] = frozenset()
         self.is_random = False
         self.mutated: int | None = None
+        self.units: list[tuple[Dim, int]] = []
 
     def _bind_schema(self) -> None:
         node = self.node
@@ -261,6 +263,10 @@ class OpContext:
         """The op sums over this axis: where it is sharded, the result is Partial."""
         self.contracted.append(dim)
 
+    def averages(self) -> None:
+        """What is contracted is averaged: a rank's result counts by its share of the elements."""
+        self.is_mean = True
+
     def out(self, dims: Sequence[Dim], whole: Iterable[int] = ()) -> None:
         """The dims of the only result."""
         self.outs([dims], [(0, d) for d in whole])
@@ -293,6 +299,11 @@ class OpContext:
     def random(self) -> None:
         """The op draws random numbers."""
         self.is_random = True
+
+    def in_units(self, dim: Dim, unit: int) -> None:
+        """A kernel takes no other local sizes of this dim than multiples of `unit` (if the whole is one)."""
+        if unit > 1 and self.solver.size(dim) % unit == 0:
+            self.units.append((dim, unit))
 
     def mutates(self, i: int) -> None:
         """The op writes into operand `i`, whose dims can therefore not be converted."""

@@ -206,7 +206,7 @@ def glu(op: OpContext) -> None:
 def dropout(op: OpContext) -> None:
     """Random in training. Linear: all ranks draw one mask for a value that is not sharded."""
     in_place(op)
-    i = op.tensor("input")
+    i = op.tensor("input" if "input" in op.args else "self")
     op.out(op.dims(i))
     active = bool(op.args["train"]) and op.args["p"] != 0
     if "alpha" not in str(op.node.target) or not active:
@@ -235,7 +235,7 @@ def feature_dropout(op: OpContext) -> None:
     """Drops whole channels (dims 0 and 1): the ranks of one channel have to agree, so the other dims are
     blocked.
     """
-    i = op.tensor("input")
+    i = op.tensor("input" if "input" in op.args else "self")
     active = bool(op.args["train"]) and op.args["p"] != 0
     in_place(op)
     op.out(pass_but(op, i, range(2, op.rank(i))) if active else op.dims(i))

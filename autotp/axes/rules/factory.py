@@ -6,6 +6,8 @@ everywhere and then sliced: ``arange`` of a local size would count the wrong pos
 
 from __future__ import annotations
 
+import torch
+
 from autotp.axes.rules.dims import aten, whole_dims
 from autotp.axes.rules.registry import OpContext, rule
 from autotp.axes.term import Dim
@@ -13,6 +15,12 @@ from autotp.axes.term import Dim
 
 def _fresh(op: OpContext) -> list[Dim]:
     return [op.solver.fresh(size) for size in op.out_shapes()[0]]
+
+
+FILLS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+) | {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
 
 
 @rule(

@@ -11,7 +11,8 @@ from autotp.axes.rules.dims import in_place
 from autotp.axes.rules.registry import OpContext, Rule, block_everything, einsum_rule, make_einsum_rule, rule
 from autotp.errors import RuleError
 
-einsum_rule(["aten.linear"], "...i, oi, o -> ...o", linear="mul", of=(0, 1), added=(2,))
+GROUPED_MM_BYTES = 16
+
 einsum_rule(["aten.mm"], "mk, kn -> mn", linear="mul", of=(0, 1))
 einsum_rule(["aten.bmm"], "bmk, bkn -> bmn", linear="mul", of=(0, 1))
 einsum_rule(["aten.mv"], "mk, k -> m", linear="mul", of=(0, 1))
@@ -23,6 +24,16 @@ einsum_rule(["aten.bilinear"], "...i, ...j, oij, o -> ...o", linear="mul", of=(0
 @cache
 def _product(text: str, factors: tuple[int, ...], added: tuple[int, ...] = ()) -> Rule:
     return make_einsum_rule(text, linear="mul", of=factors, added=added)
+
+
+@rule("aten.linear")
+def linear(op: OpContext) -> None:
+    """A weight of one dim makes one feature, without a dim of its own."""
+    vector = len(op.args["weight"].meta["val"].shape) == 1
+    if vector:
+        _product("...i, i -> ...", (0, 1))(op)
+    else:
+        _product("...i, oi, o -> ...o", (0, 1), (2,))(op)
 
 
 @rule("aten.inner")
@@ -135,19 +146,30 @@ def tensordot(op: OpContext) -> None:
     _product(f"{''.join(left)}, {''.join(right)} -> {''.join(out)}", (0, 1))(op)
 
 
-@rule("aten._grouped_mm")
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
 def grouped_mm(op: OpContext) -> None:
     """Rows (or columns, or the inner dim) in groups that end at ``offs``: the grouped dim and the groups are
     blocked.
+
+    The kernel (``grouped_mm_fallback`` stands in for it in a trace) wants the strides of both matrices in whole
+    units of 16 bytes, so a rank's share of the dim that lies contiguous in memory has to be some of them.
     """
-    a, b = (len(op.args[name].meta["val"].shape) for name in ("self", "mat2"))
+    matrices = ("self", "mat2") if "mat2" in op.args else ("input", "weight")
+    a, b = (len(op.args[name].meta["val"].shape) for name in matrices)
     text, blocked = {
         (2, 3): ("tk, ekn, e, n -> tn", "te"),
         (3, 2): ("etk, kn, e, n -> tn", "ne"),
         (3, 3): ("etk, ekn, e, n -> etn", "e" if op.has("offs") else ""),
         (2, 2): ("mk, kn, e, n -> emn", "ke"),
     }[a, b]
-    make_einsum_rule(text, blocked=blocked, linear="mul", of=(0, 1), added=(3,))(op)
+    has_bias = "bias" in op.args
+    text = text if has_bias else text.replace(", n ->", " ->")
+    make_einsum_rule(text, blocked=blocked, linear="mul", of=(0, 1), added=(3,) if has_bias else ())(op)
+    for name in matrices:
+        i, value = op.tensor(name), op.args[name].meta["val"]
+        inner = next((d for d in range(value.dim()) if value.stride(d) == 1), None)
+        if inner is not None:
+            op.in_units(op.dims(i)[inner], max(GROUPED_MM_BYTES // value.element_size(), 1))
 
 
 @rule("aten.linalg_solve_triangular", "aten.linalg_solve")

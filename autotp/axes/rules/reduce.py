@@ -1,7 +1,4 @@
-"""Rules of reductions: sums contract, everything else needs the reduced dims whole.
-
-``mean`` is blocked too: on a rank it would divide by the local count.
-"""
+"""Rules of reductions: sums and means contract, everything else needs the reduced dims whole."""
 
 from __future__ import annotations
 
@@ -52,9 +49,9 @@ def trace(op: OpContext) -> None:
 
 @rule("aten.mean.default", "aten.mean.dim")
 def mean(op: OpContext) -> None:
-    """Blocked where it divides; linear."""
-    _blocked_reduction(op)
-    op.linear("mul", [op.tensor("self")])
+    """A sum of the local means, each counted by its rank's share of the elements; linear."""
+    summation(op)
+    op.averages()
 
 
 @rule(

@@ -9,6 +9,7 @@ Most rules are one line of text, ``terms -> terms``, one term per tensor and one
 * a letter in several terms is one axis: their dims are unified (dims of size 1 broadcast, and take no part);
 * ``...`` stands for any number of leading dims, broadcast against each other;
 * a letter that the right side lacks is *contracted*: sharding it makes the result Partial;
+* ``(hd)`` is one dim of two axes (see `notation`), ``1`` a dim of size 1;
 * a letter in ``blocked`` is needed whole by every operand that has it; the result's dim is a fresh axis,
   whole as computed.
 
@@ -21,7 +22,6 @@ every dim of every operand.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,10 +54,11 @@ __all__ = [
     "block_everything",
     "einsum_rule",
     "find_rule",
+    "forget",
+    "is_registered",
     "is_tensor_node",
     "make_einsum_rule",
     "output_shapes",
-    "register_rule",
     "registered",
     "rule",
 ]
@@ -86,6 +87,16 @@ def find_rule(target: Any) -> Rule | None:
     return _RULES.get(name) or _RULES.get(name.rpartition(".")[0])
 
 
+def is_registered(name: str) -> bool:
+    """Whether a name of an op, as rules are found by, has a rule (an overload may have that of its op)."""
+    return name in _RULES
+
+
+def forget(name: str) -> None:
+    """Take a rule out of the table."""
+    del _RULES[name]
+
+
 def registered() -> tuple[str, ...]:
     """The names of all ops that have a rule."""
     return tuple(sorted(_RULES))
@@ -110,15 +121,3 @@ def einsum_rule(
 ) -> None:
     """Register one line as the rule of ops."""
     rule(*targets)(make_einsum_rule(text, blocked, linear, of, added, random))
-
-
-def register_rule(name: str, text: str, blocked: str = "") -> None:
-    """Tell autotp how an op of your own shards, for example::
-
-        autotp.register_rule("mylib::attn", "b h q d, b h k d, b h k e -> b h q e", blocked="k d")
-
-    `name` is the op as ``torch.library`` knows it (``namespace::op``, ``namespace::op.overload``).
-    """
-    if not re.fullmatch(r"\w+::\w+(\.\w+)?", name):
-        raise RuleError(f"register_rule: {name!r} is not the name of an op, such as 'mylib::attn'")
-    _RULES[name.replace("::", ".")] = make_einsum_rule(text, blocked)

@@ -1,0 +1,177 @@
+"""Example images and sounds beside text, for models that put their features in place of placeholder tokens.
+
+How many tokens an image takes is what the model says: its `get_image_features` (`get_audio_features`) is traced with
+the shapes in which such models take images, and the rows that come out are counted. The library's processors know the
+shapes, but need files that a model without a repository does not have.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autotp.errors import TraceError
+from autotp.trace.capture import trace
+from autotp.trace.config import AUDIO_TOKEN, IMAGE_TOKEN, dtype_of, first, get, vocabulary
+from autotp.trace.inputs import BATCH, SEQ, token_ids
+from autotp.trace.library import is_transformers
+from autotp.trace.skeleton import skeleton
+
+Inputs = dict[str, torch.Tensor]
+
+_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text, 1 for the first other medium
+_LEADING = 2  # tokens of text before the placeholders
+_FRAMES = 96
+
+
+@dataclass(frozen=True)
+class _Medium:
+    getter: str
+    argument: str
+    tokens: tuple[str, ...]
+
+
+_MEDIA = (
+    _Medium("get_image_features", "pixel_values", IMAGE_TOKEN),
+    _Medium("get_audio_features", "input_features", AUDIO_TOKEN),
+)
+
+
+def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Example inputs with each medium that the model takes beside its text; one after another to try.
+
+    `input_ids` is [BATCH, SEQ + placeholders]; the placeholders of a row are in one run. Nothing for a model without
+    such media, or of which no shape is known to fit.
+    """
+    if not is_transformers(model) or model.main_input_name != "input_ids":
+        return
+    takes = inspect.signature(model.forward).parameters
+    if all(_names(model, medium) == [] for medium in _MEDIA) and "pixel_values" in takes:
+        for given in _images(model):  # which the text is put behind
+            yield {k: v for k, v in given.items() if k in takes}
+    for medium in _MEDIA:
+        token = _token(model, medium)
+        holder, getter = _holder(model, medium)
+        if token is None or medium.argument not in takes or holder is None:
+            continue
+        makes = _images if medium.argument == "pixel_values" else _sounds
+        for given in makes(model):
+            known = {k: v for k, v in given.items() if k in takes}
+            if "image_grid_thw" in given.keys() - known.keys():
+                continue
+            count = _rows(model, holder, medium, {k: v for k, v in given.items() if k in getter})
+            if count and count % BATCH == 0:
+                ids = _with_placeholders(model, token, count // BATCH)
+                types = {name: (ids == token).long() for name in _TYPES if name in takes}
+                yield {"input_ids": ids, **types, **known}
+                if "position_ids" in takes:  # what finds them branches on the sizes of images
+                    rows = torch.arange(ids.shape[1]).expand(3, *ids.shape).contiguous()
+                    yield {"input_ids": ids, **types, **known, "position_ids": rows}
+
+
+def _names(model: Any, medium: _Medium) -> list[str]:
+    return [name for name in medium.tokens if get(model.config, name) is not None]
+
+
+def _token(model: Any, medium: _Medium) -> int | None:
+    found = (get(model.config, name) for name in _names(model, medium))
+    return next((t for t in found if isinstance(t, int) and 0 <= t < vocabulary(model)), None)
+
+
+def _holder(model: Any, medium: _Medium) -> tuple[str | None, Collection[str]]:
+    """The module that has the getter, and the arguments of it: the outermost that does not only pass them on."""
+    for fqn, module in model.named_modules():
+        if hasattr(module, medium.getter):
+            takes = inspect.signature(getattr(module, medium.getter)).parameters
+            if "args" not in takes:
+                return fqn, takes
+    return None, ()
+
+
+def _with_placeholders(model: Any, token: int, count: int) -> torch.Tensor:
+    text = token_ids(SEQ, vocabulary(model))
+    text = torch.where(text == token, text - 1, text)
+    return torch.cat([text[:, :_LEADING], torch.full((BATCH, count), token), text[:, _LEADING:]], 1)
+
+
+def _rows(model: Any, holder: str, medium: _Medium, given: Inputs) -> int:
+    """How many features there are; 0 where the model does not take what is given.
+
+    Those that are ready for the text's embeddings come as ``pooler_output``, beside the tower's own.
+    """
+    try:
+        traced = trace(
+            skeleton(model), (), given, medium.getter, training=False,
+            run=lambda m, **kwargs: getattr(m.get_submodule(holder), medium.getter)(**kwargs),
+        )  # fmt: skip
+    except TraceError:
+        return 0
+    ready = [port for port in traced.outputs if "pooler_output" in port.path] or list(traced.outputs)
+    shapes = [port.node.meta["val"].shape for port in ready]
+    width = model.get_input_embeddings().embedding_dim
+    return sum(math.prod(shape[:-1]) for shape in shapes) if all(shape[-1] == width for shape in shapes) else 0
+
+
+# shapes
+
+
+def _images(model: Any) -> Iterator[Inputs]:
+    """The shapes of `pixel_values`, with what else tells their sizes; the most common first."""
+    dtype = dtype_of(model)
+    vision = (first((model.config, get(model.config, "encoder")), "vision_config") or model.config,)
+    channels = first(vision, "num_channels", "in_channels", "in_chans") or 3
+    size = first(vision, "image_size", "img_size") or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    patch = first(vision, "patch_size") or 16
+    patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    sizes = torch.tensor([[height, width]]).repeat(BATCH, 1)
+
+    merge = first((*vision, model.config), "spatial_merge_size", "merge_kernel_size") or 2
+    merge = merge[0] if isinstance(merge, (tuple, list)) else merge
+    side = 2 * merge
+    grid = torch.tensor([[1, side, side]]).repeat(BATCH, 1)
+    for frames in dict.fromkeys((first(vision, "temporal_patch_size") or 1, 1)):
+        pixels = channels * frames * patch * patch
+        yield {"pixel_values": torch.zeros(BATCH * side * side, pixels, dtype=dtype), "image_grid_thw": grid}
+    flat = torch.zeros(BATCH * side * side, channels, patch, patch, dtype=dtype)
+    yield {"pixel_values": flat, "image_grid_thw": grid}
+
+    plain = torch.zeros(BATCH, channels, height, width, dtype=dtype)
+    yield {"pixel_values": plain}
+    yield {"pixel_values": plain, "image_sizes": sizes}
+    for count in (1, 2, 3, 5):  # an image and its tiles
+        yield {
+            "pixel_values": torch.zeros(BATCH, count, channels, height, width, dtype=dtype),
+            "image_sizes": sizes,
+            "pixel_attention_mask": torch.ones(BATCH, count, height, width, dtype=torch.bool),
+        }
+    rows = torch.arange(side).repeat_interleave(side)
+    places = torch.stack([torch.arange(side).repeat(side), rows], -1)
+    yield {
+        "pixel_values": torch.zeros(BATCH, side * side, channels * patch * patch, dtype=dtype),
+        "pixel_attention_mask": torch.ones(BATCH, side * side, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[side, side]]).repeat(BATCH, 1),
+        "image_position_ids": places.expand(BATCH, -1, -1).contiguous(),
+    }
+
+
+def _sounds(model: Any) -> Iterator[Inputs]:
+    """The shapes of `input_features`, with the mask that tells how long each is."""
+    dtype = dtype_of(model)
+    audio = (first((model.config,), "audio_config", "encoder_config") or model.config,)
+    bins = first(audio, "num_mel_bins", "input_dim", "input_feat_size") or 80
+    positions = first(audio, "max_source_positions")
+    for frames in dict.fromkeys((2 * positions if positions else _FRAMES, _FRAMES)):
+        for shape, length in (((BATCH, bins, frames), frames), ((BATCH, frames, bins), frames)):
+            mask = torch.ones(BATCH, length, dtype=torch.long)
+            yield {
+                "input_features": torch.zeros(shape, dtype=dtype),
+                "input_features_mask": mask,
+                "feature_attention_mask": mask,
+                "padding_mask": mask,
+            }

@@ -1,0 +1,60 @@
+"""Each mechanism on its own (`tests.models.mechanisms`): right, sharded where it has to be, and at the planned cost."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import autotp
+from autotp.rewrite.state import sharding_of
+from autotp.runtime.record import record_collectives
+from tests.dist.pool import Pool
+from tests.e2e.compare import Problems, compare_collectives, compare_passes
+from tests.models.mechanisms import MECHANISMS, PositionTable, ids
+
+
+def compare_mechanism(name: str) -> tuple[str, ...]:
+    """What is wrong, on one rank."""
+    build, make_input, sharded = MECHANISMS[name]
+    torch.manual_seed(1)
+    reference = build().double().eval()
+    torch.manual_seed(1)
+    model = build().double().eval()
+    inputs = (make_input(),)
+    autotp.parallelize(model, example_inputs=inputs)
+    sharding = sharding_of(model)
+    assert sharding is not None
+    problems = Problems()
+    with record_collectives() as log:
+        compare_passes(problems, name, model, reference, inputs, sharding)
+    compare_collectives(problems, log, sharding.plan, sharding.rank.rank)
+    whole = {e.name for e in sharding.plan.entries if e.placement == "replicate"}
+    problems.equal("sharded", set(sharded.split()) & whole, set())
+    return tuple(problems.found)
+
+
+def compare_all() -> dict[str, tuple[str, ...]]:
+    return {name: compare_mechanism(name) for name in MECHANISMS}
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_mechanisms(dist: Pool, tp: int) -> None:
+    assert dist.run(tp, compare_all) == [dict.fromkeys(MECHANISMS, ())] * tp
+
+
+def compare_longer() -> tuple[str, ...]:
+    """A table of positions that is cut to the input's length serves longer inputs than the traced one, too."""
+    torch.manual_seed(1)
+    reference = PositionTable().double()
+    model = copy.deepcopy(reference)
+    autotp.parallelize(model, example_inputs=(ids()[:, :1],), plan={"modules": {"tokens": "shard(0)"}})
+    longer = ids().repeat(1, 4)
+    problems = Problems()
+    problems.close("output", model(longer), reference(longer))
+    return tuple(problems.found)
+
+
+def test_longer_inputs_than_the_traced_ones(dist: Pool) -> None:
+    assert dist.run(2, compare_longer) == [()] * 2

@@ -1,0 +1,59 @@
+"""Architectures of transformers that span the mechanisms, by the benchmark that runs all of them.
+
+Each is built tiny by `benchmarks.zoo` and held against itself unsharded: outputs, gradients, and tokens where it
+generates. `tests/e2e/test_models.py` looks closer, at fewer.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+import autotp
+from benchmarks.zoo.compare import Result, compare
+from benchmarks.zoo.configs import architectures, build
+from tests.dist.pool import Pool
+
+#: task → what is particular about which architecture
+SUBSET: dict[str, dict[str, str]] = {
+    "causal-lm": {
+        "deepseek_v2": "multi-latent attention whose rotation, in complex numbers, is shared by the heads",
+        "olmo2": "norms over all heads together",
+        "mamba": "state space: a scan in Python, a fused in-projection",
+        "mamba2": "state space with heads, a depthwise convolution over a part of the projection",
+        "jamba": "state space and attention layers, experts",
+        "mpt": "ALiBi",
+        "gemma3_text": "sliding windows, norms before and after",
+        "gptj": "parallel residual",
+        "granitemoe": "stacked experts behind a router",
+        "trocr": "a decoder by itself, with states to look at",
+        "xlm": "in-place masks, sizes read from the inputs",
+    },
+    "masked-lm": {
+        "albert": "the same layer several times",
+        "deberta-v2": "disentangled attention",
+        "xmod": "adapters",
+    },
+    "seq2seq": {
+        "t5": "relative position tables by head, shared by all layers",
+        "bart": "cross-attention, tied weights",
+    },
+    "image": {"convnext": "depthwise convolutions"},
+    "audio": {"wav2vec2": "a weight-normed convolution by groups", "whisper": "a tower of convolutions"},
+    "multimodal": {"clip": "two towers"},
+}
+
+
+def run_one(task: str, name: str) -> Result:
+    reference, inputs = build(name, dict(architectures(task))[name], {})
+    model = autotp.parallelize(copy.deepcopy(reference))
+    return compare(name, model, reference, inputs, tokens=task in ("causal-lm", "seq2seq"))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [pytest.param(task, name, id=name) for task, names in SUBSET.items() for name in names]
+)
+def test_exact(dist: Pool, task: str, name: str) -> None:
+    for result in dist.run(2, run_one, task, name):
+        assert result.kind == "exact", (result.kind, result.weights, result.reason)

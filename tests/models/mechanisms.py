@@ -1,0 +1,243 @@
+"""Models of one mechanism each, as small as they can be, that larger ones were found to need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH, SEQ = 2, 5
+
+
+class LookupThenLinear(nn.Module):
+    """Two large tables, looked up by part, whose sum of parts goes through a small layer with a bias before it is
+    reduced: the bias counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(222, 34)
+        self.second = nn.Embedding(158, 26)
+        self.down = nn.Linear(60, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        joined = torch.cat((self.first(ids), self.second(ids % 13)), -1).cumsum(
+            -1
+        )  # which no feature can be cut from
+        return torch.tanh(self.down(joined))
+
+
+class SelectiveScan(nn.Module):
+    """Mamba's mixer: an initial state of zeros, a Python loop over time, and three parts of one reduced projection
+    that all enter the sharded region."""
+
+    def __init__(self, width: int = 10, inner: int = 26, rank: int = 3, state: int = 4) -> None:
+        super().__init__()
+        self.sizes = [rank, state, state]
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.x_proj = nn.Linear(inner, rank + 2 * state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.rand(inner, state))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.in_proj(x).chunk(2, dim=-1)
+        dt, b, c = torch.split(self.x_proj(F.silu(hidden)), self.sizes, dim=-1)
+        dt = F.softplus(self.dt_proj(dt))
+        decay = torch.exp(dt[..., None] * -torch.exp(self.A_log))
+        state = torch.zeros(x.shape[0], self.inner, self.A_log.shape[-1], dtype=x.dtype)
+        outputs = []
+        for t in range(x.shape[1]):
+            state = decay[:, t] * state + (dt * hidden)[:, t, :, None] * b[:, t, None]
+            outputs.append((state @ c[:, t, :, None])[..., 0])
+        return self.out_proj(torch.stack(outputs, dim=1) * F.silu(gate))
+
+
+class Scale(nn.Module):
+    """A norm without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+class OneNormManyPlaces(nn.Module):
+    """A module that is called in several places, of which only some feed a sharded layer."""
+
+    def __init__(self, width: int = 14, inner: int = 38) -> None:
+        super().__init__()
+        self.norm = Scale()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.norm(x)
+
+
+class MeanSquareNorm(nn.Module):
+    """RMSNorm in plain ops."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class NormOfAllHeads(nn.Module):
+    """OLMo 2: queries and keys are normed over all heads together, a mean over what is sharded."""
+
+    def __init__(self, width: int = 20, heads: int = 6, head: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, heads * head, bias=False) for _ in range(3))
+        self.q_norm, self.k_norm = (MeanSquareNorm(heads * head) for _ in range(2))
+        self.o = nn.Linear(heads * head, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = (h.unflatten(-1, (self.heads, -1)).transpose(1, 2) for h in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Pooled(nn.Module):
+    """The mean of hidden features, as it is and through a linear map: a local mean counts by its share."""
+
+    def __init__(self, width: int = 12, inner: int = 34) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.gelu(self.up(x))
+        return self.down(h), torch.tanh(2.0 * h.mean((1, 2)))
+
+
+class SharedRotaryKey(nn.Module):
+    """DeepSeek-V2: one key for all heads, rotated as complex numbers; here each head has a phase of its own, so the
+    gradients of the heads meet at a complex value."""
+
+    def __init__(self, width: int = 14, heads: int = 6, pairs: int = 5) -> None:
+        super().__init__()
+        self.heads, self.pairs = heads, pairs
+        self.q = nn.Linear(width, heads * pairs * 2, bias=False)
+        self.k = nn.Linear(width, pairs * 2, bias=False)
+        self.v = nn.Linear(width, heads * pairs, bias=False)
+        self.o = nn.Linear(heads * pairs, width, bias=False)
+        self.register_buffer("phase", torch.randn(heads, 1, pairs))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """[batch, heads or 1, seq, 2 pairs] → the same, turned by place and head."""
+        pairs = torch.view_as_complex(x.unflatten(-1, (self.pairs, 2)))
+        places = torch.arange(x.shape[2], dtype=x.dtype)[:, None]
+        angle = places + self.phase
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.v))
+        scores = self.turned(q) @ self.turned(self.k(x)[:, None]).transpose(-1, -2)
+        return self.o((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2))
+
+
+class Dropped(nn.Module):
+    """The sum of two tables, dropped from: in train mode the sum over ranks has to come before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Embedding(222, width)
+        self.second = nn.Embedding(158, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.dropout(self.first(ids) + self.second(ids % 13))
+
+
+class DroppedEmbeddings(nn.Module):
+    """XLM-RoBERTa-XL: no norm between embeddings and their dropout."""
+
+    def __init__(self, width: int = 14) -> None:
+        super().__init__()
+        self.embeddings = Dropped(width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 38)
+        self.down = nn.Linear(38, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class PositionTable(nn.Module):
+    """A table of positions as a parameter, cut to the length of the input behind a token of its own."""
+
+    def __init__(self, width: int = 14) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(158, width)
+        self.first = nn.Parameter(torch.rand(1, 1, width))
+        self.places = nn.Parameter(torch.rand(1, 64, width))
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 38)
+        self.down = nn.Linear(38, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(len(ids), -1, -1), self.tokens(ids)], 1)
+        x = self.norm(x + self.places[:, : x.shape[1]])
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Separable(nn.Module):
+    """A depthwise convolution, whose channels are sharded as they come, and a pointwise one, which makes new ones."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.pointwise(self.depthwise(x)))
+
+
+class SeparableChain(nn.Module):
+    """Alike blocks without a residual stream: the first gets other channels than the second, which gets whole ones."""
+
+    def __init__(self, channels: int = 14) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3)
+        self.blocks = nn.Sequential(*(Separable(channels) for _ in range(7)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+def images() -> Tensor:
+    return torch.randn(BATCH, 3, 6, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 158, (BATCH, SEQ), generator=torch.Generator().manual_seed(5))
+
+
+def floats(width: int) -> Tensor:
+    return torch.randn(BATCH, SEQ, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+#: name → (model, inputs, parameters that have to be sharded)
+MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
+    "lookup then linear": (LookupThenLinear, ids, "first.weight second.weight"),
+    "selective scan": (
+        SelectiveScan, lambda: floats(10), "in_proj.weight x_proj.weight dt_proj.weight A_log out_proj.weight",
+    ),
+    "norm of all heads": (
+        NormOfAllHeads, lambda: floats(20), "q.weight k.weight v.weight o.weight q_norm.weight k_norm.weight",
+    ),
+    "shared rotary key": (SharedRotaryKey, lambda: floats(14), "q.weight v.weight o.weight phase"),
+    "dropped embeddings": (DroppedEmbeddings, ids, "embeddings.first.weight embeddings.second.weight up.weight"),
+    "separable chain": (SeparableChain, images, "stem.weight"),
+    "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
+    "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
+}  # fmt: skip
