@@ -220,4 +220,6 @@ def merge(
             if file.is_file() and file.suffix != ".safetensors" and file.name != MANIFEST:
                 shutil.copyfile(file, target / file.name)
 
-    write(tensors, out, Desk(None), None, shard_bytes(max_shard_size), extras, progress)
+    whole = tensors.values() if model is None else model.parameters()
+    count = sum(t.numel() for t in whole)
+    write(tensors, out, Desk(None), None, shard_bytes(max_shard_size), count, extras, progress)

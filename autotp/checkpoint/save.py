@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -64,7 +65,8 @@ def save_pretrained(
         if is_transformers(model):
             _save_config(model, target, config)
 
-    write(tensors, Path(directory), desk, sharding, shard_bytes(max_shard_size), extras)
+    count = sum(math.prod(names[name].shape) for name, _ in model.named_parameters() if name in names)
+    write(tensors, Path(directory), desk, sharding, shard_bytes(max_shard_size), count, extras)
 
 
 def write(
@@ -73,10 +75,15 @@ def write(
     desk: Desk,
     sharding: Sharding | None,
     max_bytes: int,
+    parameters: int,
     extras: Callable[[Path], None] = lambda target: None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Write tensors one at a time to files of at most ``max_bytes``, with index and manifest; then exchange folders."""
+    """Write tensors one at a time to files of at most ``max_bytes``, with index and manifest; then exchange folders.
+
+    Args:
+        parameters: how many elements they have in all, for the index.
+    """
     rank = 0 if sharding is None else sharding.rank.rank
     tp = 1 if sharding is None else sharding.rank.tp
     group = None if sharding is None else get_group(sharding.rank.prefix).process_group
@@ -136,7 +143,7 @@ def write(
                 if len(files) > 1:
                     total = sum(t.nbytes for t in tensors.values())
                     index = {key: name for name, keys in files.items() for key in keys}
-                    metadata = {"total_size": total}
+                    metadata = {"total_parameters": parameters, "total_size": total}
                     write_json(
                         temporary / INDEX, {"metadata": metadata, "weight_map": dict(sorted(index.items()))}
                     )

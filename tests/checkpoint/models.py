@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autotp.prepare import Prepared, prepare
 from tests.models import MODELS
 from tests.models.case import randomize
 
-FROM_TRANSFORMERS = ("llama", "gpt2", "t5", "mixtral")
+NAMES = ("llama", "gpt2", "mixtral", "t5", "nanogpt")
+FROM_TRANSFORMERS = NAMES[:-1]
+FILE_SIZE = "60KB"
 
 
-def build(name: str) -> Any:
-    """A small model in float32, every weight random."""
+def build(name: str, seed: int = 0) -> Any:
+    """A small model in float64, every weight random. (Mixtral in float32: its experts' product has no float64.)"""
     if name == "mixtral":
         from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -25,7 +31,7 @@ def build(name: str) -> Any:
             vocab_size=61,
             hidden_size=40,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=6,
@@ -34,24 +40,32 @@ def build(name: str) -> Any:
             max_position_embeddings=64,
         )
         model = MixtralForCausalLM(config).eval()
-        randomize(model, 0)
+        randomize(model, seed)
         return model
-    return MODELS[name].build(dtype=torch.float32)
+    few = {"llama": {"kv_heads": 2}, "gpt2": {"n_layer": 1}, "t5": {"num_layers": 1, "num_decoder_layers": 1}}
+    return MODELS[name].build(seed=seed, **few.get(name, {}))
 
 
-def inputs(name: str) -> Any:
-    return MODELS["llama" if name == "mixtral" else name].inputs(dtype=torch.float32)
+def inputs(name: str, seed: int = 0) -> Any:
+    dtype = torch.float32 if name == "mixtral" else torch.float64
+    return MODELS["llama" if name == "mixtral" else name].inputs(seed, dtype=dtype)
 
 
 def write(name: str, folder: Path) -> Any:
     """A checkpoint as transformers writes it, or ``state_dict`` in a safetensors file; the model it is of."""
     model = build(name)
     if name in FROM_TRANSFORMERS:
-        model.save_pretrained(folder, max_shard_size="40KB")
+        model.save_pretrained(folder, max_shard_size=FILE_SIZE)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(untied(model), folder / "model.safetensors")
     return model
+
+
+def load_plainly(name: str, folder: Path) -> Any:
+    """The model as its library loads it."""
+    model = build(name)
+    return type(model).from_pretrained(folder) if name in FROM_TRANSFORMERS else model
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:
@@ -63,6 +77,36 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(value))
             found[name] = value.detach().clone()
     return found
+
+
+def differences(whole: dict[str, Tensor], model: nn.Module, reference: nn.Module) -> list[str]:
+    """Names whose gathered weight or whose buffer is not bit for bit the reference's."""
+    expected = reference.state_dict()
+    wrong = sorted(set(whole) ^ set(expected))
+    wrong += [n for n, t in expected.items() if n in whole and not _same(whole[n], t)]
+    buffers = dict(model.named_buffers())
+    wrong += [n for n, b in reference.named_buffers() if n not in buffers or not _same(buffers[n], b)]
+    return wrong
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+_plans: dict[tuple[str, int], Prepared] = {}
+
+
+@contextmanager
+def planned_once(name: str) -> Iterator[None]:
+    """Plan a model once for each degree: it takes most of the time, and other tests are about it."""
+
+    def once(model: nn.Module, tp: int, **options: Any) -> Prepared:
+        if (name, tp) not in _plans:
+            _plans[name, tp] = prepare(model, tp, **options)
+        return _plans[name, tp]
+
+    with mock.patch("autotp.api.prepare", once), mock.patch("autotp.checkpoint.offline.prepare", once):
+        yield
 
 
 def minilm() -> str:
