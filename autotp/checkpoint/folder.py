@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .tensorfile import FileTensor, read_header
+from . import pickled
+from .pickled import read_pickle
+from .tensorfile import Stored, read_header
 
 SINGLE, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "autotp_manifest.json"
 FORMAT = 1
@@ -25,7 +27,7 @@ class Folder:
     """An opened checkpoint: its tensors by key, and the checksums of its manifest (none without one)."""
 
     path: Path
-    tensors: Mapping[str, FileTensor]
+    tensors: Mapping[str, Stored]
     crc32: Mapping[str, int]
 
     @property
@@ -49,54 +51,72 @@ class Folder:
                 )
 
 
-def open_folder(path: Path) -> Folder:
+def open_folder(path: Path, weights_only: bool = False) -> Folder:
     """Read the headers of a checkpoint: a safetensors file, or a directory with one or with an index of several.
+
+    Args:
+        weights_only: read pickles too, where there are no safetensors files.
 
     Raises:
         CheckpointError: something is missing, truncated or contradicts itself.
     """
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{path}: only safetensors files are read. Convert it: pickles can run any code when they are loaded."
-            )
-        return Folder(path, read_header(path), {})
+        if path.suffix == ".safetensors":
+            return Folder(path, read_header(path), {})
+        if weights_only and path.suffix in pickled.SUFFIXES:
+            return Folder(path, read_pickle(path), {})
+        raise CheckpointError(
+            f"{path}: only safetensors files are read, for a pickle can run any code when it is loaded. "
+            "weights_only=True reads one that holds nothing but weights."
+        )
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory")
+    tensors: Mapping[str, Stored]
+    alone = sorted(path.glob("*.safetensors"))
     if (path / INDEX).exists():
-        tensors = _indexed(path)
+        tensors = _indexed(path, INDEX, read_header)
     elif (path / SINGLE).exists():
         tensors = read_header(path / SINGLE)
-    else:
-        alone = sorted(path.glob("*.safetensors"))
-        if len(alone) != 1:
-            raise CheckpointError(
-                f"{path}: has neither {SINGLE} nor {INDEX}"
-                + (f", but {len(alone)} other safetensors files" if alone else "")
-            )
+    elif len(alone) == 1:
         tensors = read_header(alone[0])
+    elif weights_only and (path / pickled.INDEX).exists():
+        tensors = _indexed(path, pickled.INDEX, read_pickle)
+    elif weights_only and (path / pickled.SINGLE).exists():
+        tensors = read_pickle(path / pickled.SINGLE)
+    else:
+        raise CheckpointError(
+            f"{path}: has neither {SINGLE} nor {INDEX}"
+            + (f", but {len(alone)} other safetensors files" if alone else "")
+            + (". Its pickles are read with weights_only=True" if _has_pickles(path) else "")
+        )
     return Folder(path, tensors, _checksums(path, tensors))
 
 
-def _indexed(path: Path) -> dict[str, FileTensor]:
-    index = read_json(path / INDEX)
+def _has_pickles(path: Path) -> bool:
+    return any((path / name).exists() for name in (pickled.SINGLE, pickled.INDEX))
+
+
+def _indexed(
+    path: Path, index_name: str, read: Callable[[Path], Mapping[str, Stored]]
+) -> dict[str, Stored]:
+    index = read_json(path / index_name)
     try:
         files = {str(k): str(v) for k, v in index["weight_map"].items()}
     except (KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path / INDEX}: has no weight_map") from error
-    tensors: dict[str, FileTensor] = {}
+        raise CheckpointError(f"{path / index_name}: has no weight_map") from error
+    tensors: dict[str, Stored] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{path / INDEX}: {name!r} is no file name")
-        own = read_header(path / name)
+            raise CheckpointError(f"{path / index_name}: {name!r} is no file name")
+        own = read(path / name)
         for key in sorted(k for k, v in files.items() if v == name):
             if key not in own:
-                raise CheckpointError(f"{path / name}: has no {key!r}, though {INDEX} says so")
+                raise CheckpointError(f"{path / name}: has no {key!r}, though {index_name} says so")
             tensors[key] = own[key]
     return {key: tensors[key] for key in files}
 
 
-def _checksums(path: Path, tensors: Mapping[str, FileTensor]) -> dict[str, int]:
+def _checksums(path: Path, tensors: Mapping[str, Stored]) -> dict[str, int]:
     if not (path / MANIFEST).exists():
         return {}
     manifest = read_json(path / MANIFEST)

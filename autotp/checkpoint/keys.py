@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .lazy import Lazy, lazy, sources
-from .tensorfile import FileTensor
+from .tensorfile import Stored
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Keys:
 
 def place(tensor: Lazy) -> str:
     """The files and keys that a tensor is made of, for messages."""
-    found = [f"{s.key!r} of {s.path}" for s in sources(tensor) if isinstance(s, FileTensor)]
+    found = [f"{s.key!r} of {s.path}" for s in sources(tensor) if isinstance(s, Stored)]
     return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
 
 
@@ -42,7 +42,7 @@ def is_transformers(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
-def match(model: nn.Module, found: Mapping[str, FileTensor], key_map: Any = None) -> Keys:
+def match(model: nn.Module, found: Mapping[str, Stored], key_map: Any = None) -> Keys:
     """Which tensor of the checkpoint each name of the whole (not yet sharded) model gets.
 
     Raises:
@@ -93,7 +93,7 @@ def _check_tied(names: list[str], keys: Keys) -> None:
     first = keys.tensors[names[0]]._origin
     for name in names[1:]:
         other = keys.tensors[name]._origin
-        if isinstance(first, FileTensor) and isinstance(other, FileTensor) and first.crc32() != other.crc32():
+        if isinstance(first, Stored) and isinstance(other, Stored) and first.crc32() != other.crc32():
             raise CheckpointError(
                 f"{names[0]} and {name} are one parameter in the model, and differ in the checkpoint "
                 f"({keys.where(names[0])}; {keys.where(name)}). Untie them (tie_word_embeddings=False, say)."

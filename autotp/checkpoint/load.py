@@ -37,6 +37,7 @@ def from_pretrained(
     strict: bool = False,
     ignore_mismatched_sizes: bool = False,
     revision: str | None = None,
+    weights_only: bool = False,
     output_loading_info: bool = False,
     **options: Any,
 ) -> Any:
@@ -51,6 +52,8 @@ def from_pretrained(
         dtype: as for transformers' ``from_pretrained``; by default what the config says.
         device: where the weights go (default: the mesh's device).
         ignore_mismatched_sizes: draw weights anew whose shape in the checkpoint is another one.
+        weights_only: read pickles (``pytorch_model.bin``) too, as ``torch.load(weights_only=True)`` does, where there
+            are no safetensors files.
         output_loading_info: return (model, transformers' record of missing, unexpected and mismatched keys).
         options: for the model's config (``attn_implementation``).
 
@@ -60,7 +63,7 @@ def from_pretrained(
     """
     mesh = default_mesh(device) if mesh is None else mesh
     with together(mesh.get_group()):
-        folder, cut_for = _open(pretrained.locate(path_or_id, revision), mesh)
+        folder, cut_for = _open(pretrained.locate(path_or_id, revision), mesh, weights_only)
         model: Any = pretrained.build(folder.directory, model_class, dtype, options)
         keys = match(model, folder.tensors)
         info = pretrained.report(model, keys, folder, ignore_mismatched_sizes, mesh.get_local_rank() == 0)
@@ -81,6 +84,7 @@ def load_checkpoint(
     plan: PlanLike | None = None,
     strict: bool = False,
     allow_unexpected: bool = False,
+    weights_only: bool = False,
 ) -> nn.Module:
     """Shard ``model``, built without weights (under :func:`weightless`), and fill it from safetensors; return it.
 
@@ -91,6 +95,7 @@ def load_checkpoint(
         key_map: from keys of the checkpoint to names of the model: a function, or a mapping of whole keys or of
             regular expressions and what replaces them.
         allow_unexpected: ignore tensors that the model does not have. Missing ones are always refused.
+        weights_only: read pickles (``.bin``, ``.pt``) too, as ``torch.load(weights_only=True)`` does.
 
     Raises:
         CheckpointError: on every rank, before anything is computed with the model.
@@ -103,18 +108,18 @@ def load_checkpoint(
                 f"{lost[0]} was computed on the meta device, so its values are lost, and no checkpoint has them. "
                 "Build the model under autotp.weightless() in place of torch.device('meta')."
             )
-        folder, cut_for = _open(pretrained.locate(path), mesh)
+        folder, cut_for = _open(pretrained.locate(path), mesh, weights_only)
         keys = match(model, folder.tensors, key_map)
         _refuse(keys, folder, allow_unexpected)
     _shard_and_fill(model, mesh, folder, keys, device, example_inputs, plan, strict, cut_for)
     return model
 
 
-def _open(path: Path, mesh: DeviceMesh) -> tuple[Folder, str | None]:
+def _open(path: Path, mesh: DeviceMesh, weights_only: bool) -> tuple[Folder, str | None]:
     """A checkpoint, and the plan that it was cut for where `shard_checkpoint` wrote it."""
     if is_presliced(path):
         return open_presliced(path, mesh.get_local_rank(), mesh.size())
-    return open_folder(path), None
+    return open_folder(path, weights_only), None
 
 
 def _refuse(keys: Keys, folder: Folder, allow_unexpected: bool) -> None:

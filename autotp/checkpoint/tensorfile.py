@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +59,20 @@ class Source(Protocol):
     def dtype(self) -> torch.dtype: ...
     def read_into(self, box: Box, out: Tensor) -> None:
         """Copy a part into ``out``, which has the part's shape, on any device, and casts to its own dtype."""
+
+
+@runtime_checkable
+class Stored(Source, Protocol):
+    """A tensor in a file, under a key."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def crc32(self) -> int:
+        """The checksum of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)

