@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..axes.layout import local_shape, merge, owners
 from ..axes.term import Dim, size_of
 from ..rewrite.bind import Rank
-from ..rewrite.state import Sharding, dims_by_id
+from ..rewrite.state import Sharding, dims_by_id, slice_of
 from ..runtime.group import get_group
 from .tensorfile import Box, take
 
@@ -30,11 +30,12 @@ class Desk:
     def get(self, value: Tensor, dims: tuple[Dim, ...] | None) -> Tensor | None:
         """The whole tensor on the writer, None on the others."""
         if self.rank is None or dims is None:
+            value = slice_of(value)
             return value if self.rank is None or self.rank.rank == self.writer else None
         key = (id(value), self.writer)
         if self._last != key:
             self._whole = None
-            self._whole = self._gather(value, dims, self.rank)
+            self._whole = self._gather(slice_of(value), dims, self.rank)
             self._last = key
         return self._whole
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..axes.layout import local_shape, merge
 from ..axes.term import Dim
@@ -53,13 +54,16 @@ def gather_state_dict(model: nn.Module, sharding: Sharding) -> dict[str, Tensor]
     dims_of = dims_by_id(model, sharding.dims)
     for name, value in model.state_dict(keep_vars=True).items():
         dims = dims_of.get(id(value))
-        if dims is None:
-            whole[name] = value.detach()
-        elif id(value) in done:
-            whole[name] = done[id(value)]
-        else:
-            whole[name] = done[id(value)] = _gather(value.detach(), dims, sharding.rank)
+        if id(value) not in done:
+            local = slice_of(value.detach())
+            done[id(value)] = local if dims is None else _gather(local, dims, sharding.rank)
+        whole[name] = done[id(value)]
     return whole
+
+
+def slice_of(value: Tensor) -> Tensor:
+    """The rank's slice as autotp cut it: FSDP2 shards it once more (a collective call over its ranks, then)."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _gather(local: Tensor, dims: tuple[Dim, ...], rank: Rank) -> Tensor:
