@@ -3,8 +3,9 @@
     python benchmarks/load_memory.py            # a Llama of 2 GB, on 2 and 4 ranks
     python benchmarks/load_memory.py --gb 0.2   # a quick look
 
-Anonymous memory only: pages of mapped files can be dropped at any time. It is sampled while the model loads; the
-interpreter and the libraries (the memory before) are taken off.
+The peak is of anonymous memory, sampled while the model loads; the interpreter and the libraries (the memory before)
+are taken off. Pages of mapped files, which the system can drop, stand beside it: on a CPU transformers leaves weights
+that it need not convert in the mapped file, so that there they take the place of the share.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ def write(folder: str, gb: float) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon: this benchmark runs on Linux")
+def resident() -> tuple[int, int]:
+    """Bytes of anonymous memory, and of mapped files."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    if "RssAnon" not in found:
+        raise RuntimeError("no RssAnon: this benchmark runs on Linux")
+    anonymous, mapped = (int(found[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
+    return anonymous, mapped
 
 
 def measure(who: str, folder: str) -> None:
@@ -64,12 +67,13 @@ def measure(who: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     _ = transformers.LlamaForCausalLM
-    before, peak, stop = anonymous(), 0, threading.Event()
+    before, peak, stop = resident(), (0, 0), threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not stop.wait(0.002):
-            peak = max(peak, anonymous())
+            now = resident()
+            peak = max(peak[0], now[0]), max(peak[1], now[1])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -85,11 +89,17 @@ def measure(who: str, folder: str) -> None:
     seconds = time.monotonic() - start
     stop.set()
     watcher.join()
-    mine = {"share": held, "slice": largest, "peak": peak - before, "seconds": seconds}
+    mine = {
+        "share": held,
+        "slice": largest,
+        "peak": peak[0] - before[0],
+        "mapped": peak[1] - before[1],
+        "seconds": seconds,
+    }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(max(everyone, key=lambda m: m["peak"])), flush=True)
+        print("RESULT " + json.dumps(max(everyone, key=lambda m: m["peak"] + m["mapped"])), flush=True)
     dist.destroy_process_group()
 
 
@@ -118,7 +128,8 @@ def run(who: str, folder: str, tp: int) -> dict[str, float] | str:
         if line.startswith("RESULT "):
             found: dict[str, float] = json.loads(line.removeprefix("RESULT "))
             return found
-    return (done.stderr.strip().splitlines() or ["no output"])[-1][:60]
+    errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+    return (errors or ["failed"])[0][:100]
 
 
 def main() -> None:
@@ -138,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         total = write(folder, arguments.gb)
         print(f"checkpoint of {total / 2**30:.2f} GiB; MiB of the rank that takes the most\n")
-        print(f"{'tp':>2}  {'':14}{'share':>8}{'slice':>8}{'peak':>8}{'beyond share':>14}{'seconds':>9}")
+        print(f"{'tp':>2}  {'':14}{'share':>8}{'slice':>8}{'peak':>8}{'mapped':>8}{'seconds':>9}")
         for tp in arguments.tp:
             for who in ("autotp", "transformers"):
                 found = run(who, folder, tp)
@@ -146,13 +157,12 @@ def main() -> None:
                     print(f"{tp:>2}  {who:14}{found}")
                     worst = float("inf") if who == "autotp" else worst
                     continue
-                share, piece, peak = (found[k] / MB for k in ("share", "slice", "peak"))
-                print(
-                    f"{tp:>2}  {who:14}{share:8.0f}{piece:8.0f}{peak:8.0f}{peak - share:14.0f}{found['seconds']:9.1f}"
-                )
+                share, piece, peak, mapped = (found[k] / MB for k in ("share", "slice", "peak", "mapped"))
+                figures = "".join(f"{n:8.0f}" for n in (share, piece, peak, mapped))
+                print(f"{tp:>2}  {who:14}{figures}{found['seconds']:9.1f}", flush=True)
                 if who == "autotp":
-                    worst = max(worst, peak - share - piece)
-    print(f"\nautotp: at most {worst:.0f} MiB beyond share and slice (limit {LIMIT_MB})")
+                    worst = max(worst, peak + max(mapped, 0) - share - piece)
+    print(f"\nautotp: at most {worst:.0f} MiB beyond share and largest slice (limit {LIMIT_MB})")
     sys.exit(worst > LIMIT_MB)
 
 

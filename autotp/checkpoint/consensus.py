@@ -12,7 +12,7 @@ from ..errors import AutoTPError, CheckpointError
 
 @contextmanager
 def together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What happens in here fails on every rank of the group, or on none. There are no collectives in here.
+    """What happens in here fails on every rank of the group, or on none. No collective in here may follow a failure.
 
     Raises:
         CheckpointError: here or on another rank; the others say which.

@@ -158,10 +158,12 @@ def _shard_and_fill(
         part, parts = (mesh.get_local_rank(), mesh.size()) if cut_for is None else (0, 1)
         folder.verify(part, parts)
     prepared = prepare_on(model, mesh, example_inputs, plan, strict)
-    sliced = {} if prepared is None else dims_by_id(model, prepared.rewriting.program.slices)
-    materialize(model, target, sliced)
-    if prepared is not None:
-        carry_out(model, mesh, prepared, place=partial(room, device=target))
+    with together(group):  # a device may be full
+        sliced = {} if prepared is None else dims_by_id(model, prepared.rewriting.program.slices)
+        materialize(model, target, sliced)
+    with together(group):  # where its own collectives come before what can fail
+        if prepared is not None:
+            carry_out(model, mesh, prepared, place=partial(room, device=target))
     with together(group):
         if cut_for is not None and prepared is not None and prepared.fingerprint != cut_for:
             raise CheckpointError(
