@@ -108,7 +108,7 @@ def choose(
         if all(atoms & wanted for wanted in required):
             sets.append((bytes_of(chosen), chosen))
     sets.sort(key=lambda s: (-s[0], [c.key for c in s[1]]))
-    sets, cut_off = _repaired(sets, classes, Refusals(analysis, flow), bytes_of)
+    sets, cut_off = _repaired(sets, classes, Refusals(analysis, flow), weights)
     if sets and sum(size >= (1 - tolerance) * sets[0][0] for size, _ in sets) > MOST_SETS:
         sets, cut_off = _thinned(sets, classes, against, bytes_of), True
     if required and not sets:
@@ -157,15 +157,21 @@ def _repaired(
     sets: list[tuple[float, tuple[Candidate, ...]]],
     classes: Mapping[str, tuple[Candidate, ...]],
     refusals: Refusals,
-    bytes_of: Callable[[Iterable[Candidate]], float],
+    weights: Weights,
 ) -> tuple[list[tuple[float, tuple[Candidate, ...]]], bool]:
     """The sets without the axes that would be refused in them, each once, by their bytes; and whether some were left
     out."""
-    keys = {c: key for key, members in classes.items() for c in members}
-    found: dict[frozenset[Candidate], tuple[float, tuple[Candidate, ...]]] = {}
+    home = {c: key for key, members in classes.items() for c in members}
+    axes = {key: frozenset(a for c in members for a in c.atoms) for key, members in classes.items()}
+    found: dict[tuple[str, ...], tuple[float, tuple[Candidate, ...]]] = {}
     for size, chosen in sets[:MOST_REPAIRED]:
-        kept = repaired(chosen, keys, refusals, bytes_of)
-        found.setdefault(frozenset(kept), (size if kept == chosen else bytes_of(kept), kept))
+        keys = {home[c] for c in chosen}
+        kept = tuple(repaired(keys, axes, refusals, weights.lost))
+        if len(kept) == len(keys):
+            found[kept] = size, chosen
+        elif kept not in found:
+            rest = tuple(c for key in kept for c in classes[key])
+            found[kept] = weights.sharded(rest), rest
     ordered = sorted(found.values(), key=lambda s: (-s[0], [c.key for c in s[1]]))
     return ordered, len(sets) > MOST_REPAIRED
 
@@ -341,20 +347,33 @@ class Weights:
             if fqn not in analysis.trace.is_buffer:
                 counted[analysis.dims[node][0]] += nbytes(node)
         self._weights = [(dims, size, frozenset(atoms_of(dims))) for dims, size in counted.items()]
+        self._holding: dict[Atom, set[int]] = defaultdict(set)
+        for i, (_, _, own) in enumerate(self._weights):
+            for atom in own:
+                self._holding[atom].add(i)
         self._found: dict[tuple[int, frozenset[Atom]], float] = {}
         self.total = sum(size for _, size, _ in self._weights)
 
     def sharded(self, chosen: Iterable[Candidate]) -> float:
         axes = frozenset(a for c in chosen for a in c.atoms)
-        return sum(self._share(i, axes & own) for i, (_, _, own) in enumerate(self._weights))
+        return sum(self._share(i, axes) for i in self._held(axes))
 
-    def _share(self, weight: int, own: frozenset[Atom]) -> float:
-        if not own:
+    def lost(self, axes: frozenset[Atom], without: frozenset[Atom]) -> float:
+        """The bytes that ``axes`` shard, and would not ``without`` these."""
+        left = axes - without
+        return sum(self._share(i, axes) - self._share(i, left) for i in self._held(without))
+
+    def _held(self, axes: frozenset[Atom]) -> list[int]:
+        return sorted(set().union(*(self._holding[a] for a in axes if a in self._holding)))
+
+    def _share(self, weight: int, axes: frozenset[Atom]) -> float:
+        dims, size, own = self._weights[weight]
+        held = axes & own
+        if not held:
             return 0.0
-        found = self._found.get((weight, own))
+        found = self._found.get((weight, held))
         if found is None:
-            dims, size, _ = self._weights[weight]
-            found = self._found[weight, own] = size * sharded_share(dims, own)
+            found = self._found[weight, held] = size * sharded_share(dims, held)
         return found
 
 

@@ -34,6 +34,7 @@ from ..axes.analysis import Analysis, OpInfo
 from ..axes.layout import Partition, common_parts
 from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError
+from ..trace.graph import Trace
 from .candidates import Candidate, atoms_of, sharded_share
 from .cut import Cache, VertexCut
 
@@ -152,7 +153,7 @@ class Flow:
         self.params = frozenset(
             node for fqn, node in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
         )
-        self.differentiable = self._differentiable()
+        self.differentiable = differentiable(analysis.trace)
         self._written = self._written_to_later()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
@@ -164,16 +165,6 @@ class Flow:
             node: frozenset(a for dims in outs for a in atoms_of(dims))
             for node, outs in analysis.dims.items()
         }
-
-    def _differentiable(self) -> frozenset[fx.Node]:
-        """Values with a gradient: what depends on a parameter or a float input through float values."""
-        roots = {p for p in self.params if has_gradient(p)}
-        roots |= {port.node for port in self.analysis.trace.inputs if has_gradient(port.node)}
-        found = set(roots)
-        for node, info in self.analysis.ops.items():
-            if has_gradient(node) and any(operand.node in found for operand in info.operands):
-                found.add(node)
-        return frozenset(found)
 
     def _written_to_later(self) -> frozenset[fx.Node]:
         """Values in memory that a later op writes into: what autograd forbids on the result of a collective."""
@@ -605,6 +596,18 @@ def has_gradient(node: fx.Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
+
+
+def differentiable(trace: Trace) -> frozenset[fx.Node]:
+    """Values with a gradient: what depends on a parameter or a float input through float values that nobody
+    detached."""
+    found = {node for fqn, node in trace.params.items() if fqn not in trace.is_buffer and has_gradient(node)}
+    found |= {port.node for port in trace.inputs if has_gradient(port.node)}
+    for node in trace.graph.nodes:
+        if node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
+            if has_gradient(node) and not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+    return frozenset(found)
 
 
 def all_reduce_cost(node: fx.Node) -> int:

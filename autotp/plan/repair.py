@@ -15,7 +15,7 @@ from torch import fx
 
 from ..axes.analysis import Analysis
 from ..axes.term import Atom, Cat, Dim
-from .candidates import Candidate, atoms_of
+from .candidates import atoms_of
 from .reductions import Flow, covers, sliced_alike
 
 
@@ -105,16 +105,22 @@ def _atoms(dim: Dim) -> frozenset[Atom]:
 
 
 def repaired(
-    chosen: tuple[Candidate, ...],
-    keys: Mapping[Candidate, str],
+    chosen: Iterable[str],
+    classes: Mapping[str, frozenset[Atom]],
     refusals: Refusals,
-    bytes_of: Callable[[Iterable[Candidate]], float],
-) -> tuple[Candidate, ...]:
-    """``chosen`` without the classes that stand in the way of ones that shard more bytes."""
+    lost: Callable[[frozenset[Atom], frozenset[Atom]], float],
+) -> list[str]:
+    """``chosen`` without the classes of axes that stand in the way of ones that shard more bytes.
+
+    Args:
+        classes: the axes of each class.
+        lost: the bytes that the first axes shard and would not without the second ones.
+    """
+    kept = sorted(chosen)
     while True:
-        blamed = refusals.blamed(frozenset(a for c in chosen for a in c.atoms))
-        classes = {keys[c] for c in chosen if blamed & set(c.atoms)}
-        if not classes:
-            return chosen
-        without = {key: tuple(c for c in chosen if keys[c] != key) for key in sorted(classes)}
-        chosen = max(without.values(), key=bytes_of)
+        sharded = frozenset(a for key in kept for a in classes[key])
+        blamed = refusals.blamed(sharded)
+        against = [key for key in kept if not blamed.isdisjoint(classes[key])]
+        if not against:
+            return kept
+        kept.remove(min(against, key=lambda key: lost(sharded, classes[key])))

@@ -175,8 +175,11 @@ class Anchors:
         """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
 
         def has_site(node: fx.Node) -> bool:
+            return self.site_of(node) is not None and not is_barred(node)
+
+        def is_barred(node: fx.Node) -> bool:
             call = self.site_of(node)
-            return call is not None and (call.module, call.frames) not in self.barred
+            return call is not None and (call.module, call.frames) in self.barred
 
         def after(node: fx.Node) -> int | None:
             if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:
@@ -193,6 +196,8 @@ class Anchors:
         def enter(node: fx.Node) -> int | None:
             if node.op == "placeholder":
                 return 0
+            if len(users[node]) > 1 and any(map(is_barred, users[node])):
+                return None  # its part of the uses may be the one that needs it
             boundary = self.boundary_after(node, users[node])
             if boundary is not None and boundary.fqn not in self.reused:
                 return 0

@@ -15,7 +15,7 @@ from ..axes.term import Atom, Dim
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Edge, has_gradient, is_disjoint
+from ..plan.reductions import Edge, differentiable, has_gradient, is_disjoint
 from ..trace.graph import Call, Path, Site
 from .anchors import Anchors, Boundary, LeafKind
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
@@ -338,12 +338,17 @@ class _Compiler:
                 else:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
-        elsewhere = self.anchors.site_of(node) is None or self._is_barred(node)
+        elsewhere = self._is_closed(node) or self._is_barred(node)
         if elsewhere and all(isinstance(step, Enter) for step in steps):
             edges = [e for e in self.uses[node] if has_gradient(e.consumer)]
             self._place_before(node, edges, steps)  # where it is used, the same
             return
         self._wrap(node, None, steps)
+
+    def _is_closed(self, user: fx.Node) -> bool:
+        """Whether the op's expression cannot be patched."""
+        call = self.anchors.site_of(user)
+        return call is None or (call.module, call.frames) in self.anchors.barred
 
     def _is_barred(self, node: fx.Node) -> bool:
         return any(
@@ -379,8 +384,12 @@ class _Compiler:
             for target in targets:  # a leaf takes its steps once, however many of its arguments the value is
                 target.setdefault(self._call_index(boundaries[0].fqn, users[0]), []).extend(steps)
             return
+        entered = any(isinstance(step, Enter) for step in steps)
+        if len(edges) == len(self.uses[node]) and not entered and any(map(self._is_closed, users)):
+            self._place_after(node, steps)  # where it is made, the same
+            return
         share = None
-        if len(edges) > 1 and any(isinstance(step, Enter) for step in steps):
+        if len(edges) > 1 and entered:
             share = self.shares = self.shares + 1
         for edge in edges:
             leaf = self.anchors.leaf_of(edge.consumer)
@@ -449,11 +458,24 @@ class _Compiler:
 
     def _finish(self, slices: dict[str, tuple[Dim, ...]], sync: dict[str, tuple[Dim, ...]]) -> Program:
         calls: dict[str, set[int]] = defaultdict(set)
+        constant: dict[tuple[str, str, Path], set[int]] = defaultdict(set)  # the calls where it has no gradient
+        with_gradient = differentiable(self.trace)
         for call in self.trace.calls:
             calls[call.fqn].add(call.index)
+            for side, its_ports in (("in", call.inputs), ("out", call.outputs)):
+                for port in its_ports:
+                    if port.node not in with_gradient:
+                        constant[call.fqn, side, port.path].add(call.index)
 
-        def agree(at: Boundary, by_call: dict[int, list[Step]], barrable: bool = True) -> tuple[Step, ...]:
+        def agree(
+            at: Boundary, by_call: dict[int, list[Step]], ports: Iterable[Path] = (), barrable: bool = True
+        ) -> tuple[Step, ...]:
             variants = {tuple(by_call.get(index, ())) for index in calls[at.fqn] or {0}}
+            if len(variants) > 1:  # a sum of gradients does nothing to a value that has none
+                free = set.intersection(*(constant[at.fqn, at.side, path] for path in ports or [at.path]))
+                needed = {tuple(by_call.get(index, ())) for index in calls[at.fqn] - free}
+                if len(needed) == 1 and all(isinstance(step, Enter) for step in next(iter(needed))):
+                    variants = needed | (variants - {()})
             if len(variants) > 1:
                 where = "argument" if at.side == "in" else "result"
                 raise RewriteError(
@@ -474,12 +496,12 @@ class _Compiler:
         }
         leaves: list[Leaf] = []
         for fqn in sorted(leaf_names):
-            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], barrable=False)
+            ports = frozenset(self.draft.leaf_ports[fqn])
+            before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], ports, barrable=False)
             after = agree(Boundary(fqn, "out", ()), self.draft.leaf_after[fqn], barrable=False)
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
-            ports = frozenset(self.draft.leaf_ports[fqn])
             leaves.append(
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )

@@ -29,7 +29,7 @@ from ..axes.analysis import Analysis
 from ..axes.term import atoms_of, size_of
 from ..errors import VerifyError
 from ..plan.planner import Choice
-from ..plan.reductions import Edge
+from ..plan.reductions import Edge, differentiable
 from ..runtime.gradients import gradient_syncs
 from ..runtime.lookup import local_row
 from ..trace.graph import ModuleCall, Trace
@@ -118,6 +118,7 @@ class Comparison:
         self.local = local
         self.rank = rank
         self.planned = _PlannedSteps(verifier, rank)
+        self.with_gradient = differentiable(local) if verifier.gradients else frozenset()
         self.roots: dict[fx.Node, tuple[object, int]] = {}
         self.by_key: dict[object, list[fx.Node]] = defaultdict(list)
         self.serial: dict[object, int] = defaultdict(int)
@@ -238,7 +239,7 @@ class Comparison:
     def passed_on(self, node: fx.Node, value: Value) -> Value:
         """The value after a step, or in another shape."""
         step = step_of(node)
-        if step is None or (step[0] == "enter" and not self.v.gradients):
+        if step is None or (step[0] == "enter" and node not in self.with_gradient):
             return value
         return Value(value.root, value.output, (*value.steps, step))
 

@@ -26,6 +26,7 @@ from .configs import build
 #: Relative to the largest element. Many models compute norms or softmax in float32 (eps 1.2e-7) whatever their dtype.
 RTOL = 1e-4
 #: Of the largest gradient of the model: one below is rounding (the bias of attention's keys, whose gradient is zero).
+#: In float32 more: a difference of one unit in the largest one's last place.
 NOISE = 1e-5
 NEW_TOKENS = 8
 _LAYER = re.compile(r"(?<![^.])(\d+|\{[\d,-]+\})(?![^.])")  # of a name in a model, or in a plan that joins layers
@@ -186,7 +187,9 @@ def difference(
             return math.inf, f"gradient of {name}: one has none"
         if grad is not None and mine is not None:
             pairs.append((f"gradient of {name}", *aligned(name, mine, grad)))
-    floor = NOISE * max((float(g.abs().max()) for g in whole.values() if g is not None and g.numel()), default=0.0)
+    some = [g for g in whole.values() if g is not None and g.numel()]
+    noise = max((NOISE, *(torch.finfo(g.dtype).eps / RTOL for g in some)))
+    floor = noise * max((float(g.abs().max()) for g in some), default=0.0)
     for what, a, b in pairs:
         if a is None or a.shape != b.shape:
             return math.inf, f"{what}: {None if a is None else tuple(a.shape)}, not {tuple(b.shape)}"

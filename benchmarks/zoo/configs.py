@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -215,7 +216,7 @@ def build(model_type: str, cls: Any, options: Mapping[str, Any]) -> tuple[torch.
                     torch.manual_seed(3)
                     try:
                         with torch.no_grad():
-                            model(**inputs)
+                            copy.deepcopy(model)(**inputs)  # some keep what their first forward computed
                         return model, inputs
                     except Exception as error:
                         first = first or error

@@ -190,6 +190,27 @@ class PositionTable(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class RefinedPoints(nn.Module):
+    """Deformable DETR: what one head makes of points has a gradient in the first layer, and is detached in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points = nn.Linear(14, 3)
+        self.head = nn.Sequential(nn.Linear(3, 46), nn.ReLU(), nn.Linear(46, 14))
+        self.ups = nn.ModuleList(nn.Linear(14, 34) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(34, 14) for _ in range(3))
+        self.delta = nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        points = self.points(x).sigmoid()
+        refined = []
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(torch.relu(up(x + self.head(points))))
+            refined.append((torch.logit(points) + self.delta(x)).sigmoid())
+            points = refined[-1].detach()
+        return x, torch.stack(refined)
+
+
 class Separable(nn.Module):
     """A depthwise convolution, whose channels are sharded as they come, and a pointwise one, which makes new ones."""
 
@@ -238,6 +259,7 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
     "shared rotary key": (SharedRotaryKey, lambda: floats(14), "q.weight v.weight o.weight phase"),
     "dropped embeddings": (DroppedEmbeddings, ids, "embeddings.first.weight embeddings.second.weight up.weight"),
     "separable chain": (SeparableChain, images, "stem.weight"),
+    "refined points": (RefinedPoints, lambda: floats(14), "head.0.weight head.2.weight ups.0.weight ups.2.weight"),
     "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip

@@ -33,7 +33,7 @@ from tests.e2e.compare import OTHER_BATCH, OTHER_SEQ, Problems, compare_passes
 from tests.models import MODELS
 from tests.rewrite.faults import Fault, faults, with_other_ranges
 
-MOST = 30  # faults of one model that are tried, chosen at random
+MOST = 12  # faults of one model that are tried, chosen at random
 
 # The models: name, variant (one layer each, to be quick), number of ranks.
 CASES: Mapping[str, tuple[str, dict[str, object], int]] = {
