@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,20 +70,20 @@ def parallelize(
         AutoTPError: before anything is changed.
     """
     mesh = default_mesh(device) if mesh is None else mesh
-    prepared = _prepared(model, mesh, example_inputs, plan, strict)
+    prepared = prepare_on(model, mesh, example_inputs, plan, strict)
     if prepared is None:
         return model if device is None else model.to(device)
     return carry_out(model, mesh, prepared, device)
 
 
-def _prepared(
+def prepare_on(
     model: nn.Module,
     mesh: DeviceMesh,
     example_inputs: ExampleInputs | None,
     plan: PlanLike | None,
     strict: bool,
 ) -> Prepared | None:
-    """What every rank agreed on; None for one rank, which has nothing to share."""
+    """Plan and prove on every rank of ``mesh``: what all agreed on; None for one rank, which has nothing to share."""
     tp = mesh.size()
     if mesh.ndim != 1:
         raise PlanError(
@@ -114,20 +114,30 @@ def _prepared(
 
 
 def carry_out(
-    model: nn.Module, mesh: DeviceMesh, prepared: Prepared, device: torch.device | str | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    prepared: Prepared,
+    device: torch.device | str | None = None,
+    place: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Shard ``model`` as it was prepared, for this rank of ``mesh``; every rank has to carry out the same."""
+    """Shard ``model`` as it was prepared, for this rank of ``mesh``; every rank has to carry out the same.
+
+    Args:
+        place: brings each slice to where it stays as it is cut (default: to ``device``).
+    """
     prefix = connect(mesh, prepared.groups())
     rank = prepared.rank(mesh.get_local_rank(), prefix)
     target = None if device is None else torch.device(device)
 
-    def place(tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if target is None else tensor.to(target)
 
-    apply(model, prepared.rewriting.program, prepared.constants(rank.rank), rank, place)
+    # a local constant may put a private copy in the place of the config
+    config = model.__dict__.get("config")
+    apply(model, prepared.rewriting.program, prepared.constants(rank.rank), rank, place or to_device)
     if target is not None:
         model.to(target)
-    remember(model, Sharding(prepared.plan, rank, dict(prepared.rewriting.program.slices)))
+    remember(model, Sharding(prepared.plan, rank, dict(prepared.rewriting.program.slices), config))
     return model
 
 

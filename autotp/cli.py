@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autotp.errors import AutoTPError
 
@@ -81,3 +84,50 @@ def plan(
         click.echo(report.table(found), nl=False)
     if diff:
         click.echo(found.diff(), nl=False)
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option(
+    "--tp", type=click.IntRange(min=1), required=True, help="Tensor-parallel degree: one file for each rank."
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--override",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML file that fixes placements, as for plan.",
+)
+@click.option("--dtype", help="Convert the weights (bfloat16, say); by default as the config says.")
+def shard(checkpoint: str, tp: int, out: Path, override: Path | None, dtype: str | None) -> None:
+    """Cut CHECKPOINT (a transformers checkpoint) into one file a rank, so that a machine reads only its own.
+
+    Needs no process group, and memory for one slice at a time.
+    """
+    from autotp.checkpoint.offline import shard_checkpoint
+
+    with _progress("sharding") as step:
+        plan = shard_checkpoint(checkpoint, tp, out, plan=override, dtype=dtype, progress=step)
+    click.echo(f"{out}: {tp} files, plan {plan.fingerprint}")
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("--max-shard-size", default="50GB", show_default=True, help="Of a file; several get an index.")
+def merge(directory: Path, out: Path, max_shard_size: str) -> None:
+    """Write the ordinary checkpoint that DIRECTORY was cut from by the shard command."""
+    from autotp.checkpoint.offline import merge_checkpoint
+
+    with _progress("merging") as step:
+        merge_checkpoint(directory, out, max_shard_size=max_shard_size, progress=step)
+    click.echo(str(out))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, which is gone at the end; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -61,3 +61,7 @@ class HangError(AutoTPError):
 
 class RuleError(AutoTPError):
     """A sharding rule is malformed, or contradicts the op it is for."""
+
+
+class CheckpointError(AutoTPError):
+    """A checkpoint cannot be read or written as it is: which file and which key, and what is wrong with it."""

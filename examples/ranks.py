@@ -1,6 +1,12 @@
-"""What the examples print: once, what each rank holds, and whether two tensors agree on every rank."""
+"""What the examples print: once, what each rank holds, and whether two tensors agree on every rank; their files."""
 
 from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +17,19 @@ def say(*words: object) -> None:
     """Print on rank 0."""
     if dist.get_rank() == 0:
         print(*words, flush=True)
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A folder that all ranks of this machine see, and that is gone at the end."""
+    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(made, src=0)
+    try:
+        yield Path(made[0])
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(made[0])
 
 
 def every_rank_holds(model: nn.Module, unsharded: nn.Module) -> bool:

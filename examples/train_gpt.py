@@ -4,7 +4,9 @@
 
 The model is written as people write it and knows nothing of tensor parallelism. The run is trained in float32 and in
 float64: two runs that compute the same function stay together to the last digits of either. With the targets given,
-the loss is taken from each rank's part of the vocabulary, and the logits are never gathered.
+the loss is taken from each rank's part of the vocabulary, and the logits are never gathered. Half way the sharded run
+is saved and taken up by a new model, as after a crash, at this degree or any other. At the end the weights are saved in
+the ordinary layout, for the plain model to load.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import agree, every_rank_holds, same_curves, say
+from ranks import agree, every_rank_holds, same_curves, say, shared_folder
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import autotp
@@ -102,12 +105,17 @@ def build(batches: Batches, dtype: torch.dtype) -> CharGPT:
     return CharGPT(len(batches.characters)).to(dtype)
 
 
-def train(model: nn.Module, batches: Batches, steps: int) -> Tensor:
-    """The loss of every step."""
+def train(
+    model: nn.Module, batches: Batches, steps: int, stop: int | None = None, state: Path | None = None
+) -> Tensor:
+    """The loss of every step up to ``stop``: from the one that ``state`` was saved at, and saved there in the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    stop, start = steps if stop is None else stop, 0
+    if state is not None and state.exists():
+        start = autotp.load_training_state(state, model, optimizer, schedule)["step"]
     losses = []
-    for step in range(steps):
+    for step in range(start, stop):
         _, loss = model(**batches.draw(step))
         optimizer.zero_grad()
         loss.backward()
@@ -115,28 +123,40 @@ def train(model: nn.Module, batches: Batches, steps: int) -> Tensor:
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
+    if state is not None:
+        autotp.save_training_state(state, model, optimizer, schedule, extra={"step": stop})
     return torch.stack(losses)
 
 
+def compare(batches: Batches, dtype: torch.dtype, steps: int) -> bool:
+    """Train both in this dtype."""
+    unsharded = build(batches, dtype)
+    expected = train(unsharded, batches, steps)
+    with shared_folder() as folder:
+        losses = []
+        for stop in (steps // 2, steps):
+            model = autotp.parallelize(build(batches, dtype), example_inputs=batches.draw(0))
+            losses.append(train(model, batches, steps, stop, folder / "state"))
+        autotp.save_pretrained(model, folder / "weights")
+        plain = build(batches, dtype)
+        # a tied weight is saved once, under its first name
+        other = plain.load_state_dict(load_file(folder / "weights" / "model.safetensors"), strict=False)
+    ok = every_rank_holds(model, unsharded)
+    ok &= same_curves(f"{dtype}".removeprefix("torch."), torch.cat(losses), expected, TOLERANCE[dtype])
+    if expected[-1] > 0.8 * expected[0]:
+        say("  the loss did not fall: the comparison would say little")
+        ok = False
+    if other.unexpected_keys or other.missing_keys != ["lm_head.weight"]:
+        say(f"  what was saved has other names: {other}")
+        return False
+    trained, whole = plain.state_dict(), unsharded.state_dict()
+    found, expected = (torch.cat([state[name].flatten() for name in whole]) for state in (trained, whole))
+    return agree("trained weights, saved and loaded", found, expected, 10 * TOLERANCE[dtype]) and ok
+
+
 def main(dtypes: tuple[torch.dtype, ...] = (torch.float64,), steps: int = STEPS) -> bool:
-    batches, ok = Batches(), True
-    for dtype in dtypes:
-        unsharded, model = build(batches, dtype), build(batches, dtype)
-        model = autotp.parallelize(model, example_inputs=batches.draw(0))
-        if dtype is dtypes[0]:
-            ok &= every_rank_holds(model, unsharded)
-        expected, found = train(unsharded, batches, steps), train(model, batches, steps)
-        ok &= same_curves(f"{dtype}".removeprefix("torch."), found, expected, TOLERANCE[dtype])
-        if expected[-1] > 0.8 * expected[0]:
-            say("  the loss did not fall: the comparison would say little")
-            ok = False
-        trained, whole = autotp.full_state_dict(model), unsharded.state_dict()
-        if trained.keys() != whole.keys():
-            say(f"  the state dicts have other names: {sorted(trained.keys() ^ whole.keys())}")
-            return False
-        found, expected = (torch.cat([state[name].flatten() for name in whole]) for state in (trained, whole))
-        ok &= agree("trained weights", found, expected, 10 * TOLERANCE[dtype])
-    return ok
+    batches = Batches()
+    return all(compare(batches, dtype, steps) for dtype in dtypes)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..axes.layout import local_shape, merge
 from ..axes.term import Dim
@@ -20,11 +22,12 @@ _ATTRIBUTE = "_autotp_sharding"
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """The plan, this rank's place in it, and the dims of each sharded parameter or buffer."""
+    """The plan, this rank's place in it, the dims of each sharded parameter or buffer, and the whole model's config."""
 
     plan: Plan
     rank: Rank
     dims: Mapping[str, tuple[Dim, ...]]
+    config: Any = None
 
 
 def remember(model: nn.Module, sharding: Sharding) -> None:
@@ -37,23 +40,30 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     return found if isinstance(found, Sharding) else None
 
 
+def dims_by_id(model: nn.Module, dims: Mapping[str, tuple[Dim, ...]]) -> dict[int, tuple[Dim, ...]]:
+    """The dims of each sharded parameter or buffer, by its id: tied ones have several names."""
+    held: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    held.update(model.named_buffers(remove_duplicate=False))
+    return {id(held[fqn]): own for fqn, own in dims.items() if fqn in held}
+
+
 def gather_state_dict(model: nn.Module, sharding: Sharding) -> dict[str, Tensor]:
     """The whole state dict on every rank; one tensor is gathered at a time."""
     whole: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}  # tied parameters are gathered once, and stay one tensor
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    dims_by_id = {id(held[fqn]): dims for fqn, dims in sharding.dims.items() if fqn in held}
+    dims_of = dims_by_id(model, sharding.dims)
     for name, value in model.state_dict(keep_vars=True).items():
-        dims = dims_by_id.get(id(value))
-        if dims is None:
-            whole[name] = value.detach()
-        elif id(value) in done:
-            whole[name] = done[id(value)]
-        else:
-            whole[name] = done[id(value)] = _gather(value.detach(), dims, sharding.rank)
+        dims = dims_of.get(id(value))
+        if id(value) not in done:
+            local = slice_of(value.detach())
+            done[id(value)] = local if dims is None else _gather(local, dims, sharding.rank)
+        whole[name] = done[id(value)]
     return whole
+
+
+def slice_of(value: Tensor) -> Tensor:
+    """The rank's slice as autotp cut it: FSDP2 shards it once more (a collective call over its ranks, then)."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _gather(local: Tensor, dims: tuple[Dim, ...], rank: Rank) -> Tensor:

@@ -124,9 +124,9 @@ class Pool:
             return
         self.close()
         self._folder = Path(tempfile.mkdtemp(prefix="autotp-ranks-"))
-        # The server imports torch once and every worker is a fork of it, so that replacing workers is cheap.
+        # The server imports what takes seconds once and every worker is a fork of it, so that replacing workers is cheap.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "transformers.modeling_utils", "autotp"])
         for index in range(WORKERS):
             ours, theirs = context.Pipe()
             stacks = self._folder / f"stacks{index}"

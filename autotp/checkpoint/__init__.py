@@ -1,0 +1,1 @@
+"""Checkpoints: read only what a rank needs, write what anyone can read."""
