@@ -20,6 +20,7 @@ from autotp.errors import AutoTPError
 from autotp.prepare import Prepared, prepare
 from autotp.rewrite.state import sharding_of
 from autotp.runtime.mesh import default_mesh
+from autotp.runtime.sharded_gradient import local_gradient
 
 from .configs import build
 
@@ -180,7 +181,7 @@ def difference(
         for k, v in given[1].items()
         if isinstance(v, Tensor) and v.grad is not None
     ]
-    grads = {k: p.grad for k, p in model.named_parameters()}
+    grads = {k: None if p.grad is None else local_gradient(p.grad) for k, p in model.named_parameters()}
     whole = {k: p.grad for k, p in reference.named_parameters()}
     for name, grad in whole.items():
         mine = grads.get(name)
