@@ -3,6 +3,7 @@
 model = autotp.parallelize(model)      # under torchrun; any nn.Module, unmodified
 """
 
+from autotp import debug
 from autotp.api import full_state_dict, parallelize, plan
 from autotp.axes.check import RuleCheck, check_rule
 from autotp.axes.rules.context import OpContext
@@ -15,6 +16,7 @@ from autotp.checkpoint.weightless import weightless
 from autotp.errors import (
     AutoTPError,
     CheckpointError,
+    HangError,
     PlanError,
     RankMismatchError,
     RewriteError,
@@ -23,12 +25,15 @@ from autotp.errors import (
     VerifyError,
 )
 from autotp.plan.plan import Plan
+from autotp.runtime.cross_entropy import cross_entropy
+from autotp.runtime.lazy_gather import loss_parallel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoTPError",
     "CheckpointError",
+    "HangError",
     "OpContext",
     "Plan",
     "PlanError",
@@ -39,10 +44,13 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "check_rule",
+    "cross_entropy",
+    "debug",
     "from_pretrained",
     "full_state_dict",
     "load_checkpoint",
     "load_training_state",
+    "loss_parallel",
     "merge_checkpoint",
     "parallelize",
     "plan",

@@ -55,6 +55,10 @@ class RankMismatchError(AutoTPError):
     """The ranks hold different models, plans or arguments."""
 
 
+class HangError(AutoTPError):
+    """A collective was not done in time: other ranks are somewhere else, or gone."""
+
+
 class RuleError(AutoTPError):
     """A sharding rule is malformed, or contradicts the op it is for."""
 

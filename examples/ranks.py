@@ -48,6 +48,15 @@ def every_rank_holds(model: nn.Module, unsharded: nn.Module) -> bool:
     return sharded
 
 
+def same_curves(what: str, found: Tensor, expected: Tensor, tolerance: float, rows: int = 6) -> bool:
+    """Print two loss curves and their largest relative difference; true if all ranks are within the tolerance."""
+    steps = sorted({round(i * (len(expected) - 1) / (rows - 1)) for i in range(rows)})
+    say(f"  {what + ' step':>14} {'unsharded loss':>18} {'sharded loss':>18}")
+    for step in steps:
+        say(f"  {step:>14} {expected[step].item():>18.12f} {found[step].item():>18.12f}")
+    return agree(f"{what} losses, relatively,", found.double() / expected.double(), torch.ones(len(found)), tolerance)
+
+
 def agree(what: str, found: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Print the largest difference on any rank; true if it is within the tolerance on all of them."""
     difference = (found - expected).abs().max().nan_to_num(nan=torch.inf)

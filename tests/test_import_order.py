@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"api", "prepare", "rewrite", "plan", "axes", "runtime", "errors"},
     "prepare": {"rewrite", "plan", "axes", "trace", "runtime", "errors"},
     "api": {"prepare", "rewrite", "plan", "axes", "trace", "runtime", "errors"},
-    "debug": {"runtime", "errors"},
+    "debug": {"rewrite", "axes", "runtime", "errors"},
     "target": {"errors"},
     "cli": {"api", "checkpoint", "target", "report", "errors"},
     "__init__": {"api", "checkpoint", "debug", "rewrite", "plan", "axes", "runtime", "errors"},

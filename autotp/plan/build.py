@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx, nn
 
 from ..axes.analysis import Analysis
@@ -20,7 +21,7 @@ from .names import fold
 from .placement import Uses
 from .plan import Axis, Collective, Entry, Plan
 from .planner import Choice
-from .reductions import nbytes
+from .reductions import is_loss_of_parts, nbytes
 
 
 def build_plan(
@@ -209,20 +210,46 @@ class _Builder:
         order = {node: i for i, node in enumerate(self.analysis.trace.graph.nodes)}
         names = {node: fqn for fqn, node in self.analysis.trace.params.items()}
         found: list[tuple[str, Collective]] = []
-        gathered = {(c.producer, c.dim): c.producer for c in comm.conversions if c.kind == "gather"}
+        gathers = [c for c in comm.conversions if c.kind == "gather"]
+        gathered = {(c.producer, c.dim): c.producer for c in gathers if not is_loss_of_parts(c)}
+        losses = {c.consumer: None for c in gathers if is_loss_of_parts(c) and c.consumer is not None}
         forward = [("all_reduce", node) for node in comm.reduce] + [
             ("all_gather", node) for node in gathered.values()
         ]
         for kind, node in sorted(forward, key=lambda item: order[item[1]]):
             found += self.at("forward", kind, node)
+        for node in losses:
+            found += self.loss(node)
         for node in sorted({*comm.enter, *comm.close}, key=order.__getitem__, reverse=True):
             found += self.at("backward", "all_reduce", node)
-        for node in sorted(comm.sync, key=order.__getitem__):
-            for name in self.folds.originals(names[node]):
-                found.append(
-                    (name, Collective("step", "all_reduce", "", "gradient", self.common_bytes(node), 0))
-                )
-        return tuple(replace(c, where=where, count=count) for where, c, count in fold(found))
+        steps = self.gradient_sums(sorted(comm.sync, key=order.__getitem__), names)
+        return (*(replace(c, where=where, count=count) for where, c, count in fold(found)), *steps)
+
+    def gradient_sums(self, synced: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> list[Collective]:
+        """The sums of parameters' gradients: one all-reduce for all that the same groups of ranks sum."""
+        buckets: dict[tuple[object, torch.dtype], list[fx.Node]] = defaultdict(list)
+        for node in synced:
+            groups, _ = common_parts(self.analysis.dims[node][0], self.partition, 0)
+            buckets[groups, node.meta["val"].dtype].append(node)
+        found = []
+        for nodes in buckets.values():
+            originals = [(node, self.folds.originals(names[node])) for node in nodes]
+            where = ", ".join(pattern for pattern, _, _ in fold((n, 0) for _, all_ in originals for n in all_))
+            most = max(
+                sum(self.common_bytes(node, rank) * len(all_) for node, all_ in originals)
+                for rank in range(self.tp)
+            )
+            found.append(Collective("step", "all_reduce", where, "gradients", most, 1))
+        return found
+
+    def loss(self, node: fx.Node) -> list[tuple[str, Collective]]:
+        """A cross-entropy over sharded classes: each token's greatest logit, then its sums."""
+        target = node.args[1]
+        assert isinstance(target, fx.Node)
+        tokens = target.meta["val"].numel() * max(4, node.meta["val"].element_size())
+        sums = 3 if node.args[5:] and node.args[5] else 2
+        where, op = node.meta.get("module", ""), op_name(node)
+        return [(where, Collective("forward", "all_reduce", "", op, n * tokens, 0)) for n in (1, sums)]
 
     def at(self, phase: str, kind: str, node: fx.Node) -> list[tuple[str, Collective]]:
         """A collective at a value, once for each layer that the skeleton's stands for."""
@@ -234,17 +261,14 @@ class _Builder:
             where, op = list(self.folds.originals(module)) if module else [""], op_name(node)
         return [(name, Collective(phase, kind, "", op, nbytes(node), 0)) for name in where]
 
-    def common_bytes(self, node: fx.Node) -> int:
+    def common_bytes(self, node: fx.Node, rank: int) -> int:
         """Of a parameter's gradient, what a rank sums: the part that others hold too."""
         dims = self.analysis.dims[node][0]
-        most = 0
-        for rank in range(self.tp):
-            _, part = common_parts(dims, self.partition, rank)
-            shape = list(local_shape(dims, self.partition, rank))
-            if part is not None:
-                shape[part[0]] = sum(part[2])
-            most = max(most, math.prod(shape))
-        return most * int(node.meta["val"].element_size())
+        _, part = common_parts(dims, self.partition, rank)
+        shape = list(local_shape(dims, self.partition, rank))
+        if part is not None:
+            shape[part[0]] = sum(part[2])
+        return math.prod(shape) * int(node.meta["val"].element_size())
 
 
 def op_name(node: fx.Node) -> str:

@@ -67,7 +67,8 @@ class Collective:
     """A collective, or that of repeated layers.
 
     Attributes:
-        phase: ``forward``, ``backward``, or ``step``: a gradient summed once an optimizer step.
+        phase: ``forward``, ``backward``, or ``step``: the gradients that are summed in one bucket, once a
+            backward pass.
         kind: ``all_reduce`` or ``all_gather``.
         where: the module (or parameter) whose value is communicated; op: the op that makes it.
         bytes: of the value, for the inputs that were traced.

@@ -82,6 +82,17 @@ class Conversion:
     cost: int
 
 
+def is_loss_of_parts(conversion: Conversion) -> bool:
+    """Whether a gather is for a cross-entropy over the sharded classes, which is computed from the ranks' parts."""
+    node, axes = conversion.consumer, conversion.axes
+    if conversion.kind != "gather" or node is None or conversion.operand != 0:
+        return False
+    if str(node.target) != "aten.cross_entropy_loss.default" or len(axes) != 1 or not isinstance(axes[0], Atom):
+        return False
+    logits, target = (arg.meta["val"] for arg in node.args[:2] if isinstance(arg, fx.Node))
+    return conversion.dim == min(1, logits.dim() - 1) and not target.is_floating_point()
+
+
 @dataclass(frozen=True, slots=True)
 class Communication:
     """Everything that moves, for one choice of axes.

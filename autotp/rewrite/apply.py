@@ -16,8 +16,11 @@ from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
-from ..runtime.gradients import sync_gradient
+from ..runtime.gradients import follow_gradients, sync_gradient
+from ..runtime.lazy_gather import settle_outputs
+from ..runtime.optimizers import replaced, sharded, watch_optimizers
 from ..runtime.rng import DrawGate
+from ..runtime.sharded_gradient import share_gradient
 from ..trace.attributes import read_attribute
 from ..trace.provenance import AttrPath
 from .bind import Bound, Rank, group_name
@@ -58,13 +61,21 @@ def apply(
         except RewriteError as error:
             raise RewriteError(str(error), leaf.fqn) from error
     _add_hooks(model, program, shared)
+    settle_outputs(model)
     for (fqn, path), value in constants.attrs.items():
         set_attribute(model.get_submodule(fqn), path, value)
     applied = _patch(model, program, constants, rank, shared)
-    for fqn, dims in program.sync.items():
+    for fqn, dims in sorted(program.sync.items()):  # every rank puts them into buckets in this order
         module, name = owner(model, fqn)
         parts, part = rank.gradient_sum(fqn, dims)
         sync_gradient(module, name, group_name(rank.prefix, parts), part)
+    for fqn, dims in program.slices.items():
+        share = rank.gradient_share(fqn, dims)
+        module, name = owner(model, fqn)
+        if share is not None and name in module._parameters:
+            share_gradient(module, name, share)
+    follow_gradients(model)
+    watch_optimizers()
     disable_fast_paths(model)
     return applied
 
@@ -107,6 +118,8 @@ def slice_parameters(
         if isinstance(whole, nn.Parameter):
             local = nn.Parameter(local, requires_grad=whole.requires_grad)
             local.__dict__.update(whole.__dict__)
+            sharded(local, fqn)
+            replaced(whole, fqn)
         made[id(whole)] = local
         for holder, own_name in places[id(whole)]:
             holder[own_name] = local

@@ -15,6 +15,8 @@ from ..axes.term import Atom, Dim, atoms_of, size_of
 from ..errors import RewriteError
 from ..runtime import ops
 from ..runtime.gradients import Part
+from ..runtime.lazy_gather import gather_when_needed
+from ..runtime.sharded_gradient import Share
 from .steps import AllReduce, Enter, Mask, Scale, Step, Take
 
 Bound = Callable[[Tensor], Tensor]
@@ -53,6 +55,24 @@ class Rank:
             return common_parts(dims, self.partition, self.rank)
         except ValueError as error:
             raise RewriteError(f"{fqn}: {error}") from error
+
+    def gradient_share(self, fqn: str, dims: Sequence[Dim]) -> Share | None:
+        """Which elements of its slice's gradient a rank counts in a norm; None for what is whole on every rank."""
+        groups, part = self.gradient_sum(fqn, dims)
+        if part is None and len(groups) == 1:
+            return None
+        if self.rank in {ranks[0] for ranks in groups}:
+            return Share(self.prefix)
+        if part is None:
+            return Share(self.prefix, (0, (), ()))
+        dim, starts, lengths = part
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        gaps = [
+            (low, high - low)
+            for low, high in zip([0, *ends], [*starts, self.size(dims[dim])], strict=True)
+            if high > low
+        ]
+        return Share(self.prefix, (dim, tuple(s for s, _ in gaps), tuple(n for _, n in gaps)))
 
     def share(self, axes: Sequence[Dim]) -> tuple[int, int]:
         """(this rank's elements of some dims together, all of them)"""
@@ -131,7 +151,12 @@ def bind(step: Step, rank: Rank) -> Bound:
     else:
         sizes, starts, lengths = rank.gather(axes)
         fn = functools.partial(
-            ops.gather, dim=dim, sizes=sizes, perm_starts=starts, perm_lengths=lengths, group=rank.prefix
+            gather_when_needed if step.lazy and inner is None else ops.gather,
+            dim=dim,
+            sizes=sizes,
+            perm_starts=starts,
+            perm_lengths=lengths,
+            group=rank.prefix,
         )
         before = rank.size(axes)
     return fn if inner is None or before is None else Unflattened(fn, step.dim, before)

@@ -15,7 +15,7 @@ from ..axes.term import Atom, Dim
 from ..errors import RewriteError
 from ..plan.candidates import atoms_of
 from ..plan.planner import Choice
-from ..plan.reductions import Edge, differentiable, has_gradient, is_disjoint
+from ..plan.reductions import Edge, differentiable, has_gradient, is_disjoint, is_loss_of_parts
 from ..trace.graph import Call, Path, Site
 from .anchors import Anchors, Boundary, LeafKind
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
@@ -207,7 +207,9 @@ def planned_steps(
             after[node].append(Enter(common(node)))
     for c in comm.conversions:
         if c.consumer is not None:
-            step = Gather(c.dim, c.axes) if c.kind == "gather" else Take(c.dim, c.axes)
+            step = (
+                Gather(c.dim, c.axes, is_loss_of_parts(c)) if c.kind == "gather" else Take(c.dim, c.axes)
+            )
             before[Edge(c.producer, c.consumer, c.operand)].append(step)
     for edge in comm.masked:
         if edge.operand not in analysis.ops[edge.consumer].added:
@@ -216,13 +218,19 @@ def planned_steps(
         if all(before.get(edge) == steps for edge in uses[node]):
             for edge in uses[node]:
                 del before[edge]
-            after[node] += steps
+            after[node] += map(_lazily, steps)
             del outputs[node]
+        else:
+            outputs[node] = list(map(_lazily, steps))
     return (
         {n: tuple(s) for n, s in after.items()},
         {e: tuple(s) for e, s in before.items()},
         {n: tuple(s) for n, s in outputs.items()},
     )
+
+
+def _lazily(step: Step) -> Step:
+    return replace(step, lazy=True) if isinstance(step, Gather) else step
 
 
 def _entered_outputs(
@@ -330,6 +338,8 @@ class _Compiler:
         else:
             boundary = self.anchors.boundary_after(node, users)
             boundaries = [boundary] if boundary is not None else []
+            if boundary is not None and boundary.fqn == "" and self._own_output(node, steps):
+                boundaries = []
         if boundaries:
             for b in boundaries:
                 at = users[0] if node.op == "placeholder" else node
@@ -344,6 +354,14 @@ class _Compiler:
             self._place_before(node, edges, steps)  # where it is used, the same
             return
         self._wrap(node, None, steps)
+
+    def _own_output(self, node: fx.Node, steps: list[Step]) -> bool:
+        """Whether an output is gathered where the model's own forward makes it: a loss that it computes of it, in a
+        branch that was not traced, then has the whole."""
+        call = self.anchors.site_of(node)
+        if call is None or call.module or len(call.frames) != 1 or (call.module, call.frames) in self.anchors.barred:
+            return False
+        return any(isinstance(step, Gather) for step in steps)
 
     def _is_closed(self, user: fx.Node) -> bool:
         """Whether the op's expression cannot be patched."""

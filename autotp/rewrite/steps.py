@@ -26,10 +26,11 @@ class Enter:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Shard → Replicate along ``dim``, whose logical axes are ``axes``."""
+    """Shard → Replicate along ``dim``, whose logical axes are ``axes``; if ``lazy``, when somebody looks at it."""
 
     dim: int
     axes: Dim
+    lazy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class SharedEnters:
 
 def _edge_gather(step: Gather, rank: Rank) -> EdgeGather:
     sizes, starts, lengths = rank.gather(step.axes)
-    return EdgeGather(rank.prefix, tuple(sizes), tuple(starts), tuple(lengths))
+    return EdgeGather(rank.prefix, tuple(sizes), tuple(starts), tuple(lengths), step.lazy)
 
 
 def swap_leaf(module: nn.Module, leaf: Leaf, program: Program, rank: Rank, shared: SharedEnters) -> None:

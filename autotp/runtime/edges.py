@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 
 from autotp.runtime import ops
+from autotp.runtime.lazy_gather import gather_when_needed
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """An all-gather of one dim: sizes and permutation as in :func:`autotp.runtime.ops.gather`."""
+    """An all-gather of one dim: sizes and permutation as in :func:`autotp.runtime.ops.gather`; if ``lazy`` it
+    waits until somebody looks."""
 
     group: str
     sizes: tuple[int, ...]
     perm_starts: tuple[int, ...] = ()
     perm_lengths: tuple[int, ...] = ()
+    lazy: bool = False
 
     def __call__(self, x: Tensor, dim: int = -1) -> Tensor:
-        return ops.gather(x, dim, self.sizes, self.perm_starts, self.perm_lengths, self.group)
+        gather = gather_when_needed if self.lazy else ops.gather
+        return gather(x, dim, self.sizes, self.perm_starts, self.perm_lengths, self.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autotp.runtime.ops import _eager, _library
+from autotp.runtime.ops import _library, is_eager
 
 Runs = Sequence[tuple[int, int]]
 
@@ -25,7 +25,7 @@ def lookup(weight: Tensor, ids: Tensor, rows: Runs, vocab: int, padding: int | N
     Raises:
         IndexError: an id is outside the vocabulary, as in the unsharded lookup.
     """
-    if not _eager(weight):
+    if not is_eager(weight):
         starts, lengths = [start for start, _ in rows], [length for _, length in rows]
         pad = -1 if padding is None else padding
         return cast(Tensor, torch.ops.autotp.lookup.default(weight, ids, starts, lengths, vocab, pad))

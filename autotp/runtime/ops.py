@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from autotp.errors import AutoTPError
-from autotp.runtime import wire
+from autotp.runtime import record, wire
 from autotp.runtime.group import get_group
 from autotp.runtime.wire import Ints
 
@@ -49,7 +49,7 @@ _ops: Any = torch.ops.autotp
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Partial to Replicate: the sum over the ranks. The caller's tensor is left alone."""
-    if not _eager(x):
+    if not is_eager(x):
         return cast(Tensor, _ops.all_reduce.default(x, group))
     if x.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _AllReduce.apply(x, group))  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ def enter(x: Tensor, group: str) -> Tensor:
 
     In eager mode a view (or x itself, where no gradient is wanted).
     """
-    if not _eager(x):
+    if not is_eager(x):
         return cast(Tensor, _ops.enter.default(x, group))
     if x.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _Enter.apply(x, group))  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ def gather(
     replicated in subgroups they take one copy, and the other copies get a zero gradient (the sum over the
     subgroup is then right).
     """
-    if not _eager(x):
+    if not is_eager(x):
         runs = list(perm_starts), list(perm_lengths)
         return cast(Tensor, _ops.gather.default(x, dim, list(sizes), *runs, group))
     if x.requires_grad and torch.is_grad_enabled():
@@ -94,14 +94,14 @@ def gather(
 
 def take(x: Tensor, dim: int, starts: Ints, lengths: Ints) -> Tensor:
     """Replicate to Shard: this rank's runs of dim, contiguous, as code that takes views of it expects."""
-    if not _eager(x):
+    if not is_eager(x):
         return cast(Tensor, _ops.take.default(x, dim, list(starts), list(lengths)))
     return wire.narrow_runs(x, dim, starts, lengths).contiguous()
 
 
 def mask(x: Tensor, keep: bool) -> Tensor:
     """Replicate to Partial: x where ``keep`` (on one rank), zeros elsewhere. Eagerly a view of x where kept."""
-    if not _eager(x):
+    if not is_eager(x):
         return cast(Tensor, _ops.mask.default(x, keep))
     if x.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _Mask.apply(x, keep))  # type: ignore[no-untyped-call]
@@ -110,12 +110,12 @@ def mask(x: Tensor, keep: bool) -> Tensor:
 
 def scale(x: Tensor, part: int, whole: int) -> Tensor:
     """The mean of ``part`` elements as an addend of the mean of all ``whole``: x · part / whole."""
-    if not _eager(x):
+    if not is_eager(x):
         return cast(Tensor, _ops.scale.default(x, part, whole))
     return x * (part / whole)
 
 
-def _eager(x: Tensor) -> bool:
+def is_eager(x: Tensor) -> bool:
     """True where nobody watches the dispatcher: no tracing, no compiler, no mode, no tensor subclass."""
     if torch.compiler.is_compiling():
         return False
@@ -148,14 +148,17 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.where = group, record.where
         # A view: changing it in place raises, where with a detached alias the gradient of x would go wrong
         # in silence.
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_reduce(grads[0], ctx.group), None
+        record.where = ctx.where
+        found = all_reduce(grads[0], ctx.group)
+        record.where = ""
+        return found, None
 
 
 class _Gather(torch.autograd.Function):
@@ -174,12 +177,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        if grad.requires_grad and torch.is_grad_enabled():
-            grad = _Ungather.apply(grad, *ctx.args)  # type: ignore[no-untyped-call]
-        else:
-            grad = _ungather(grad, *ctx.args)
-        return grad, None, None, None, None, None
+        return ungather(grads[0], *ctx.args), None, None, None, None, None
+
+
+def ungather(
+    grad: Tensor, dim: int, sizes: Ints, perm_starts: Ints, perm_lengths: Ints, group: str
+) -> Tensor:
+    """The backward of gather: this rank's part of a whole gradient. Differentiable."""
+    args = (dim, sizes, perm_starts, perm_lengths, group)
+    if grad.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Ungather.apply(grad, *args))  # type: ignore[no-untyped-call]
+    return _ungather(grad, *args)
 
 
 class _Ungather(torch.autograd.Function):

@@ -7,9 +7,10 @@ assert log.count("all_reduce", "forward") == 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,6 +54,10 @@ class CollectiveLog(list[Collective]):
 
 
 active: list[CollectiveLog] = []  # the ops look at it; empty outside record_collectives
+watcher: Callable[[Collective, Callable[[], Any]], None] | None = None
+"""Carries out collectives in place of the ops (`autotp.debug`): it starts one, and waits for it."""
+where = ""
+"""The module whose forward is running, or whose backward is; set while somebody watches."""
 
 
 @contextmanager
@@ -69,7 +74,17 @@ def record_collectives() -> Iterator[CollectiveLog]:
 
 def note(kind: str, shape: tuple[int, ...], nbytes: int, group: str) -> None:
     """Called by the ops, and only while someone records."""
-    in_backward = torch._C._current_graph_task_id() != -1
-    entry = Collective(kind, nbytes, group, "backward" if in_backward else "forward", tuple(shape))
+    entry = _collective(kind, shape, nbytes, group)
     for log in active:
         log.append(entry)
+
+
+def watched(kind: str, shape: tuple[int, ...], nbytes: int, group: str, start: Callable[[], Any]) -> None:
+    """Called by the ops in place of a collective, and only while someone watches."""
+    assert watcher is not None
+    watcher(_collective(kind, shape, nbytes, group), start)
+
+
+def _collective(kind: str, shape: tuple[int, ...], nbytes: int, group: str) -> Collective:
+    in_backward = torch._C._current_graph_task_id() != -1
+    return Collective(kind, nbytes, group, "backward" if in_backward else "forward", tuple(shape))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autotp.errors import AutoTPError
 from autotp.runtime import record
-from autotp.runtime.group import get_group
+from autotp.runtime.group import Group, get_group
 
 Ints = Sequence[int]
 Runs = tuple[tuple[int, int], ...]  # (start, length) along one dim
@@ -37,7 +37,35 @@ def reduce_sum(x: Tensor, group: str) -> Tensor:
         record.note("all_reduce", tuple(x.shape), x.numel() * x.element_size(), group)
     if g.process_group is not None and out.numel():
         wire = torch.view_as_real(out) if out.is_complex() else out
-        g.process_group.allreduce([wire]).wait()
+        _all_reduce(wire, dist.ReduceOp.SUM, g, out.is_complex())
+    return out
+
+
+def _all_reduce(x: Tensor, op: Any, g: Group, complex_: bool = False) -> None:
+    """In place; ``complex_``: x shows complex numbers as pairs."""
+    assert g.process_group is not None
+
+    def start() -> Any:
+        if op is dist.ReduceOp.SUM:
+            return g.process_group.allreduce([x])  # type: ignore[union-attr]
+        return dist.all_reduce(x, op, group=g.process_group, async_op=True)
+
+    if record.watcher is None:
+        start().wait()
+    else:
+        shape = tuple(x.shape[:-1] if complex_ else x.shape)
+        record.watched("all_reduce", shape, x.numel() * x.element_size(), g.name, start)
+
+
+def reduce_max(x: Tensor, group: str, least: bool = False) -> Tensor:
+    """The elementwise greatest (or least) of x over the ranks, in a tensor of its own."""
+    g = get_group(group)
+    out = x.clone(memory_format=torch.contiguous_format)
+    if record.active:
+        record.note("all_reduce", tuple(x.shape), x.numel() * x.element_size(), group)
+    if g.process_group is not None and out.numel():
+        op = dist.ReduceOp.MIN if least else dist.ReduceOp.MAX
+        _all_reduce(out, op, g)
     return out
 
 
@@ -57,8 +85,9 @@ def gather_cat(x: Tensor, dim: int, sizes: Ints, starts: Ints, lengths: Ints, gr
     widest = max(sizes)
     shape = list(x.shape)
     shape[dim] = sum(lengths) if starts else sum(sizes)
+    whole_shape = tuple(shape)
     if record.active:
-        record.note("all_gather", tuple(shape), math.prod(shape) * x.element_size(), group)
+        record.note("all_gather", whole_shape, math.prod(shape) * x.element_size(), group)
     if math.prod(shape) == 0:  # the same on every rank
         return x.new_empty(shape)
     if sizes[g.index] == widest:
@@ -77,7 +106,12 @@ def gather_cat(x: Tensor, dim: int, sizes: Ints, starts: Ints, lengths: Ints, gr
             whole, part = torch.view_as_real(buffer), torch.view_as_real(mine)
         elif mine.dtype is torch.bool:
             whole, part = buffer.view(torch.uint8), mine.view(torch.uint8)
-        _all_gather(whole.flatten(0, 1) if part.dim() else whole, part, group=g.process_group)
+        into = whole.flatten(0, 1) if part.dim() else whole
+        if record.watcher is None:
+            _all_gather(into, part, group=g.process_group)
+        else:
+            start = functools.partial(_all_gather, into, part, group=g.process_group, async_op=True)
+            record.watched("all_gather", whole_shape, math.prod(whole_shape) * x.element_size(), group, start)
     pieces = _pieces(tuple(sizes), tuple(starts), tuple(lengths))
     if len(pieces) > _MANY_RUNS:
         padded = torch.cat(buffer.unbind(0), dim) if dim else buffer.flatten(0, 1)

@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -159,9 +159,10 @@ def badness(kind: str) -> int:
 def sweep(
     models: list[tuple[str, str, str, Any]], tp: int, options: dict[str, Any], jobs: int, limit: float,
     console: Console,
-) -> list[tuple[str, str, Result]]:  # fmt: skip
-    """(task, who shards, what came of it), of models as (task, who, name, class)."""
-    waiting, running, found = list(models), [], []
+) -> Iterator[tuple[str, str, Result]]:  # fmt: skip
+    """(task, who shards, what came of it) as each is done, of models as (task, who, name, class)."""
+    waiting = list(models)
+    running: list[tuple[str, Job]] = []
     while waiting or running:
         while waiting and len(running) < jobs:
             task, who, name, cls = waiting.pop(0)
@@ -171,13 +172,18 @@ def sweep(
             if job.pipe in ready or job.late():
                 running.remove((task, job))
                 result = job.close()
-                found.append((task, job.who, result))
                 console.print(
                     f"{task} {job.who} {result.name} [bold]{result.kind}[/] {result.weights:.1%} {result.error:.0e} "
                     f"{result.seconds:.0f} s {result.reason[:300] if result.kind != 'exact' else ''}",
                     highlight=False, soft_wrap=True,
                 )  # fmt: skip
-    return found
+                yield task, job.who, result
+
+
+def write(path: Path, tp: int, found: list[tuple[str, str, Result]]) -> None:
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed") if find_spec(name)}
+    results = [{"task": task, "by": who, **asdict(result)} for task, who, result in found]
+    path.write_text(json.dumps({"tp": tp, "versions": versions, "results": results}, indent=1))
 
 
 @click.command(help=__doc__)
@@ -208,7 +214,11 @@ def main(
         for name, cls in architectures(t)
         if not only or any(fnmatch(name, pattern) for pattern in only)
     ]
-    found = sweep(models, tp, options, jobs, limit, Console(stderr=True))
+    found = []
+    for done in sweep(models, tp, options, jobs, limit, Console(stderr=True)):
+        found.append(done)
+        if out is not None:  # an interrupted sweep keeps what it has
+            write(out, tp, found)
     console = Console()
     table = Table("task", "by", *KINDS, "exact of those that run")
     for t, who in dict.fromkeys((t, who) for t, who, _ in found):
@@ -216,10 +226,6 @@ def main(
         ran = sum(count.values()) - count["unbuildable"]
         table.add_row(t, who, *(str(count[kind]) for kind in KINDS), f"{count['exact'] / max(1, ran):.1%}")
     console.print(table)
-    if out is not None:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed") if find_spec(name)}
-        results = [{"task": t, "by": who, **asdict(result)} for t, who, result in found]
-        out.write_text(json.dumps({"tp": tp, "versions": versions, "results": results}, indent=1))
     sys.exit(any(result.kind in ("wrong", "crash") for _, who, result in found if who == US))
 
 

@@ -163,7 +163,8 @@ def difference(
             }
         )
         torch.manual_seed(3)
-        found += list(tensors(m(**given[-1])))
+        with torch.set_grad_enabled(gradients):
+            found += list(tensors(m(**given[-1])))
     if len(outputs) != len(theirs):
         return math.inf, f"{len(outputs)} outputs, not {len(theirs)}"
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(outputs, theirs, strict=True))]

@@ -2,7 +2,8 @@
 
 A peer's ``exact`` is autotp's: the same outputs and, for transformers, gradients, with the same share of the weights
 sharded. Where a peer has no plan for a model it stays whole, which is ``partial``. DeepSpeed shards for inference, so
-only outputs are held against it. Whatever a peer raises before the model's first forward counts as ``refused``.
+only outputs are held against it, in float32. Whatever a peer raises before the model's first forward counts as
+``refused``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def compare_peer(
 ) -> Result:
     """What the peer makes of the model, on one rank. ``folder`` holds the model's checkpoint."""
     reference, inputs = subject.reference, subject.inputs
+    if peer == "deepspeed":  # which takes no float64 on a CPU
+        reference = copy.deepcopy(reference).float()
+        inputs = {
+            key: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
     result = Result(name, type(reference).__name__)
     try:
         model = _hf(reference, folder, tp) if peer == "hf" else _deepspeed(reference, rank, tp)
