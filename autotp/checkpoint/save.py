@@ -41,9 +41,9 @@ def save_pretrained(
 ) -> None:
     """Write the ordinary, unsharded checkpoint: what transformers or ``load_state_dict`` of the plain model load.
 
-    Every rank calls it. One tensor at a time is gathered, to the rank that writes its file: files are spread over the
-    ranks; of several replicas of a sharded model the one with global rank 0 writes. A directory that exists is
-    replaced in one step when all is on disk; killed before, it is as it was. Other files in it stay.
+    Every rank of the process group calls it. One tensor at a time is gathered, to the rank that writes its file: files
+    are spread over the ranks; of several replicas of a sharded model the one with global rank 0 writes. A directory
+    that exists is replaced in one step when all is on disk; killed before, it is as it was. Other files in it stay.
 
     Args:
         max_shard_size: of a file; with more than one there is an index.
@@ -87,7 +87,8 @@ def write(
     rank = 0 if sharding is None else sharding.rank.rank
     tp = 1 if sharding is None else sharding.rank.tp
     group = None if sharding is None else get_group(sharding.rank.prefix).process_group
-    writes = group is None or 0 in dist.get_process_group_ranks(group)
+    world = None if group is None else dist.group.WORLD
+    writes = _rank() == 0 if group is None else 0 in dist.get_process_group_ranks(group)
     files = split(tensors, max_bytes)
     failure: Exception | None = None
     target: list[str | None] = [None]
@@ -98,7 +99,7 @@ def write(
             failure = error
     if group is not None:
         dist.broadcast_object_list(target, group_src=0, group=group)
-    conclude(group, failure)
+    conclude(world, failure)
     temporary = Path(target[0]) if target[0] is not None else None
     crc32: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -106,9 +107,8 @@ def write(
         desk.writer = i % tp
         writer: Writer | None = None
         for key in keys:
-            value = read(
-                tensors[key]
-            )  # on every rank, also after a failure: the others wait for this rank's part
+            # on every rank, also after a failure: the others wait for this rank's part
+            value = read(tensors[key])
             if rank == desk.writer and temporary is not None and failure is None:
                 try:
                     if writer is None:
@@ -135,7 +135,7 @@ def write(
         for own_crc32, own_sizes in everyone:
             crc32, sizes = {**crc32, **own_crc32}, {**sizes, **own_sizes}
     try:
-        conclude(group, failure)
+        conclude(world, failure)
         failure = None
         if rank == 0 and temporary is not None:
             try:
@@ -151,11 +151,15 @@ def write(
                 finish(temporary, folder, is_ours)
             except Exception as error:
                 failure = error
-        conclude(group, failure)
+        conclude(world, failure)
     except Exception:
         if rank == 0 and temporary is not None:
             abandon(temporary)
         raise
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def split(tensors: Mapping[str, Lazy], max_bytes: int) -> dict[str, list[str]]:

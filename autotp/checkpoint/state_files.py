@@ -140,14 +140,17 @@ class PieceReader(StorageReader):
         manifest = read_json(folder / MANIFEST)
         try:
             version = int(manifest["format"])
+            if version != FORMAT:
+                raise CheckpointError(
+                    f"{folder / MANIFEST}: is of format {version}, this autotp reads {FORMAT}"
+                )
             self.plain: dict[str, Any] = manifest["plain"]
-            entries: dict[str, Any] = manifest["tensors"]
-        except (KeyError, TypeError, ValueError) as error:
+            self._find(folder, manifest["tensors"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: is no manifest of autotp") from error
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{folder / MANIFEST}: is of format {version}, this autotp reads {FORMAT}"
-            )
+
+    def _find(self, folder: Path, entries: Mapping[str, Any]) -> None:
+        """Where each piece is; the headers of the files have to say so too."""
         files: dict[str, dict[str, FileTensor]] = {}
         crc32: dict[str, int] = {}
         by_key: dict[str, FileTensor] = {}
@@ -157,17 +160,16 @@ class PieceReader(StorageReader):
             chunks = []
             dtype = DTYPES[entry["dtype"]]
             for piece in entry["pieces"]:
-                name = Path(piece["file"]).name
+                name, key = Path(piece["file"]).name, piece["key"]
                 if name not in files:
                     files[name] = read_header(folder / name)
-                found = files[name].get(piece["key"])
+                found = files[name].get(key)
                 if found is None or found.shape != tuple(piece["sizes"]) or found.dtype != dtype:
                     raise CheckpointError(
-                        f"{folder / name}: has no {piece['key']!r} of {dtype} {tuple(piece['sizes'])}, though "
-                        f"{MANIFEST} says so"
+                        f"{folder / name}: has no {key!r} of {dtype} {tuple(piece['sizes'])}, though {MANIFEST} says so"
                     )
                 self._pieces[MetadataIndex(fqn, piece["offset"])] = found
-                by_key[f"{name}:{piece['key']}"], crc32[f"{name}:{piece['key']}"] = found, piece["crc32"]
+                by_key[f"{name}:{key}"], crc32[f"{name}:{key}"] = found, int(piece["crc32"])
                 chunks.append(ChunkStorageMetadata(torch.Size(piece["offset"]), torch.Size(piece["sizes"])))
             shape = torch.Size(entry["shape"])
             self.tensors[fqn] = TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)

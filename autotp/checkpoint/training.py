@@ -64,6 +64,7 @@ def save_training_state(
         state = _model_state(model, sharding) | _optimizer_state(model, sharding, optimizer)
         for kind, value in _random_states(model).items():
             state[f"{RNG}.{replica}.{kind}"] = value
+    with together(group):
         if rank == 0:
             target = [str(begin(Path(path)))]
     if group is not None:

@@ -36,7 +36,9 @@ def build(name: str, seed: int = 0) -> Any:
     if name == "minilm":
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(minilm()).eval()
+        model = AutoModel.from_pretrained(minilm()).eval()
+        model.embeddings.requires_grad_(False)  # half of the weights: an optimizer has no state for them
+        return model
     if name == "mixtral":
         from transformers import MixtralConfig, MixtralForCausalLM
 
