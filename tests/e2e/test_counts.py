@@ -68,21 +68,25 @@ def test_an_attention_is_one_and_one(dist: Pool, name: str) -> None:
         assert counts == {("all_reduce", "forward"): expected, ("all_reduce", "backward"): expected}
 
 
-LAYERS = {  # model: (name of the number of layers, width, all-reduces of a layer: forward, backward)
-    "llama": ("num_hidden_layers", 40, 2, 2),
-    "nanogpt": ("n_layer", 40, 2, 2),
-    "simple_vit": ("depth", 40, 2, 2),
-    "gptj": ("n_layer", 48, 1, 1),  # attention and MLP side by side share both sums
-    "falcon": ("num_hidden_layers", 48, 2, 1),  # `mlp_output += attention_output` wants its operands whole
-}
+LAYERS = [  # model, name of the number of layers, tokens, width, all-reduces of a layer: forward, backward
+    ("llama", "num_hidden_layers", TOKENS, 40, 2, 2),
+    ("nanogpt", "n_layer", TOKENS, 40, 2, 2),
+    ("gpt2", "n_layer", TOKENS, 48, 2, 2),
+    ("simple_vit", "depth", BATCH * (1 + 9), 40, 2, 2),
+    ("gptj", "n_layer", TOKENS, 48, 1, 1),  # attention and MLP side by side share both sums
+    ("gpt_neox", "num_hidden_layers", TOKENS, 48, 1, 1),  # with a norm for each branch
+    ("falcon", "num_hidden_layers", TOKENS, 48, 2, 1),  # `mlp_output += attention_output` wants its operands whole
+    ("t5", "num_layers", TOKENS, 40, 2, 2),  # of the encoder
+    ("t5", "num_decoder_layers", BATCH * (SEQ + 2), 40, 3, 3),  # cross-attention too
+]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_more(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers", "tokens", "width", "forward", "backward"), LAYERS, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_layer_more(name: str, layers: str, tokens: int, width: int, forward: int, backward: int) -> None:
     """What one layer more costs, by the plan (of which `compare` sees that it is what happens)."""
-    layers, width, forward, backward = LAYERS[name]
     case = MODELS[name]
-    tokens = TOKENS if name != "simple_vit" else BATCH * (1 + 9)
     two, three = (
         autotp.plan(case.build(**{layers: n}), 2, example_inputs=case.inputs(), verify=False) for n in (2, 3)
     )

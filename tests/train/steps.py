@@ -26,8 +26,11 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Predict the next token."""
     out = model(ids)
     logits = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else out.logits
-    loss: Tensor = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    return loss
+    return next_token_loss(logits, ids)
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 class Pair:

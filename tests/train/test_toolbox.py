@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autotp.errors import AutoTPError
+from autotp.rewrite.state import sharding_of
 from autotp.runtime.sharded_gradient import ShardedGradient
 from tests.dist.pool import Pool
-from tests.train.steps import Pair, batches, loss_of
+from tests.train.steps import Pair, batches, loss_of, next_token_loss
 from tests.train.test_clipping import check_drift, check_norms, check_refusals
 
 OPTIMIZERS: dict[str, Any] = {
@@ -53,7 +54,7 @@ def train(
 
 
 def llama() -> None:
-    """Every optimizer with clipping, activation checkpointing as transformers does it, and refusals."""
+    """Every optimizer with clipping, transformers' activation checkpointing, torch.compile, and refusals."""
     pair = Pair("llama")
     for name in OPTIMIZERS:
         pair.same_training(lambda m, ids, name=name: train(m, ids, name))
@@ -67,7 +68,17 @@ def llama() -> None:
         warnings.simplefilter("ignore", FutureWarning)  # it has a new name
         for reentrant in (False, True):
             pair.same_training(lambda m, ids, r=reentrant: checkpointed(m, ids, r))
+    pair.same_training(compiled)
     refused(pair)
+
+
+def compiled(model: nn.Module, ids: list[Tensor]) -> list[float]:
+    """Forward and backward in one graph each, without a break."""
+    runs: Any = model
+    if sharding_of(model) is not None:
+        torch._dynamo.reset()
+        runs = torch.compile(model, backend="aot_eager", fullgraph=True)
+    return train(model, ids, forward=lambda _, batch: next_token_loss(runs(batch, use_cache=False).logits, batch))
 
 
 def refused(pair: Pair) -> None:
