@@ -21,11 +21,13 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from autotp.errors import AutoTPError
 from autotp.runtime import wire
+from autotp.runtime.group import get_group
 from autotp.runtime.ops import all_reduce
 from autotp.runtime.sharded_gradient import ATTRIBUTE as SHARES
 from autotp.runtime.sharded_gradient import GradientShare, fully_sharded_parameters, share_gradient
@@ -237,6 +239,8 @@ def _follow_all(model: nn.Module, args: Any) -> None:
     if followed is None:
         followed = [m for m in model.modules() if _ATTRIBUTE in m.__dict__ or SHARES in m.__dict__]
         model.__dict__[_FOLLOWED] = followed
+    if ddp is not None:
+        _check_other_ranks(followed, ddp)
     fully_sharded: dict[tuple[int, str], Tensor] | None = None
     for module in followed:
         if _ATTRIBUTE in module.__dict__:
@@ -258,6 +262,21 @@ def _follow_all(model: nn.Module, args: Any) -> None:
                     continue
             if parameter.requires_grad and parameter.is_leaf:
                 share_gradient(module, name, share.share)
+
+
+def _check_other_ranks(modules: list[nn.Module], ddp: DistributedDataParallel) -> None:
+    """Data parallelism is over other ranks than those that share the model."""
+    shares = (share for m in modules for share in m.__dict__.get(SHARES, {}).values())
+    group = next((share.share.group for share in shares), None)
+    if group is None:
+        return
+    replicas = set(dist.get_process_group_ranks(ddp.process_group))
+    if len(replicas & set(get_group(group).ranks)) > 1:
+        raise AutoTPError(
+            f"DistributedDataParallel treats ranks {sorted(replicas)} as replicas, but some of them hold different "
+            "parts of this model: it has overwritten the parts by those of one rank. Give it the data-parallel mesh "
+            "dim (process_group=mesh['dp'].get_group()), or nothing at all where all ranks share one model."
+        )
 
 
 def stop_gradient_sync(module: nn.Module, name: str) -> None:

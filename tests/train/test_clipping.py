@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import autotp
@@ -107,7 +108,8 @@ def test_norms(dist: Pool, name: str, variant: dict[str, object], tp: int) -> No
 
 
 def made_before() -> None:
-    """An optimizer that was made before sharding holds what is no longer the model's."""
+    """An optimizer that was made before sharding holds what is no longer the model's; replicas on the ranks of one
+    model are none."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
     before = torch.optim.AdamW(model.parameters())
     x = torch.ones(2, 6)
@@ -115,6 +117,9 @@ def made_before() -> None:
     model(x).sum().backward()
     with pytest.raises(AutoTPError, match="made before the model was sharded"):
         before.step()
+    everyone = DistributedDataParallel(model)  # as a trainer does that knows of no mesh
+    with pytest.raises(AutoTPError, match="treats ranks .* as replicas"):
+        everyone(x)
 
 
 def check_refusals(model: nn.Module) -> None:
