@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .errors import AutoTPError, PlanError, RankMismatchError
 from .plan.plan import Plan
 from .prepare import Prepared, prepare
+from .rewrite.announce import announce
 from .rewrite.apply import apply
 from .rewrite.state import Sharding, gather_state_dict, remember, sharding_of
 from .runtime.mesh import Verdict, agree, connect, default_mesh
@@ -138,6 +139,7 @@ def carry_out(
     if target is not None:
         model.to(target)
     remember(model, Sharding(prepared.plan, rank, dict(prepared.rewriting.program.slices), config))
+    announce(model)
     return model
 
 
