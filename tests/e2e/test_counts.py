@@ -11,12 +11,24 @@ import autotp
 from autotp.runtime.record import record_collectives
 from tests.dist.pool import Pool
 from tests.e2e.compare import loss_of, tensors_of, trainable
+from tests.e2e.test_experts import EXPERTS, build
 from tests.models import MODELS, call
 from tests.models.case import BATCH, SEQ
 
-FLOAT64 = 8
+FLOAT64, FLOAT32 = 8, 4
 TOKENS = BATCH * SEQ
 Counts = Mapping[tuple[str, str], tuple[int, int]]
+
+
+def communicated_by_experts() -> Counts:
+    """The same for a Mixtral, its experts computed as batched products."""
+    model = build("mixtral", "batched_mm", torch.float64)
+    ids = MODELS["llama"].inputs()["input_ids"]  # type: ignore[call-overload]
+    autotp.parallelize(model, example_inputs={"input_ids": ids})
+    with record_collectives() as log:
+        loss_of(tensors_of(model(ids))).backward()
+    keys = {(c.kind, c.direction) for c in log}
+    return {key: (log.count(*key), log.bytes(*key)) for key in keys}
 
 
 def communicated(name: str, variant: dict[str, object], trained_inputs: bool = True) -> Counts:
@@ -111,6 +123,21 @@ def test_embeddings_and_head(dist: Pool) -> None:
             ("all_reduce", "forward"): (1 + 2 * layers, (1 + 2 * layers) * hidden),
             ("all_gather", "forward"): logits,
             ("all_reduce", "backward"): (2 * layers + 1, (2 * layers + 1) * hidden),
+        }
+
+
+def test_a_mixture_of_experts(dist: Pool) -> None:
+    """Mixtral: as Llama. The router is sharded by experts: each token's scores are gathered (in float32, as it computes
+    them); back comes a sum for the weights of the chosen two, each of which multiplies a part of a sharded width.
+    """
+    layers, width, vocabulary, chosen = 2, 40, 61, 2
+    hidden = TOKENS * width * FLOAT64
+    scores, weights = TOKENS * EXPERTS * FLOAT32, TOKENS * chosen * FLOAT32
+    for counts in dist.run(2, communicated_by_experts):
+        assert counts == {
+            ("all_reduce", "forward"): (1 + 2 * layers, (1 + 2 * layers) * hidden),
+            ("all_gather", "forward"): (layers + 1, layers * scores + TOKENS * vocabulary * FLOAT64),
+            ("all_reduce", "backward"): (3 * layers + 1, (2 * layers + 1) * hidden + layers * weights),
         }
 
 
