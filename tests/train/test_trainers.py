@@ -49,12 +49,16 @@ def launched() -> Iterator[None]:
 
 
 def by_trainer(model: Any, folder: Path) -> tuple[list[float], Any]:
-    """Losses and norms of the Trainer, which clips them and shuffles the data; and the Trainer."""
+    """Losses and clipped norms of the Trainer, which shuffles the data, and what it evaluates; and the Trainer."""
     import transformers
 
     class ShardedTrainer(transformers.Trainer):
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             autotp.save_pretrained(self.model, output_dir or self.args.output_dir)
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            self.gather_function = lambda rows: rows
+            return super().evaluation_loop(*args, **kwargs)
 
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), use_cpu=True, max_steps=LOOPS, per_device_train_batch_size=3, learning_rate=1e-2,
@@ -63,12 +67,18 @@ def by_trainer(model: Any, folder: Path) -> tuple[list[float], Any]:
         dataloader_pin_memory=False, seed=5,
     )  # fmt: skip
     rows = torch.cat(batches(3 * LOOPS))
-    trainer = ShardedTrainer(model, arguments, train_dataset=[{"input_ids": r, "labels": r} for r in rows])
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = ShardedTrainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:10],
+        compute_metrics=lambda found: {"rows": len(found.predictions), "sum": float(found.predictions.sum())},
+    )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     logs = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
     assert len(logs) == LOOPS
-    return [value for pair in logs for value in pair], trainer
+    evaluated = [trainer.evaluate()[f"eval_{name}"] for name in ("loss", "rows", "sum")]
+    assert evaluated[1] == 10
+    return [*(value for pair in logs for value in pair), *evaluated], trainer
 
 
 def by_accelerate(model: Any) -> tuple[list[float], Any]:
