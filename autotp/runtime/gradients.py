@@ -275,7 +275,8 @@ def _check_other_ranks(modules: list[nn.Module], ddp: DistributedDataParallel) -
         raise AutoTPError(
             f"DistributedDataParallel treats ranks {sorted(replicas)} as replicas, but some of them hold different "
             "parts of this model: it has overwritten the parts by those of one rank. Give it the data-parallel mesh "
-            "dim (process_group=mesh['dp'].get_group()), or nothing at all where all ranks share one model."
+            "dim (process_group=mesh['dp'].get_group()); where all ranks share one model nothing is to be wrapped "
+            "(accelerate has to be told: ParallelismConfig(tp_size=...))."
         )
 
 
