@@ -36,8 +36,8 @@ class Boundary:
     path: Path
 
 
-Barred = Boundary | tuple[str, tuple[Site, ...]]
-"""A module's boundary, or an expression: the module that runs it, and its frames."""
+Barred = Boundary | tuple[str, tuple[Site, ...]] | tuple[str, tuple[Site, ...], Literal["operand"]]
+"""A module's boundary, or an expression (the module that runs it, and its frames), or that as it takes its operands."""
 
 
 def leaf_kind(module: nn.Module) -> LeafKind | None:
@@ -175,11 +175,13 @@ class Anchors:
         """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
 
         def has_site(node: fx.Node) -> bool:
-            return self.site_of(node) is not None and not is_barred(node)
-
-        def is_barred(node: fx.Node) -> bool:
             call = self.site_of(node)
-            return call is not None and (call.module, call.frames) in self.barred
+            return call is not None and (call.module, call.frames) not in self.barred
+
+        def takes_as_it_is(user: fx.Node) -> bool:
+            """Whether no operand of the op can be entered where it is used: for some rounds of a loop it would be."""
+            call = self.site_of(user)
+            return call is not None and (call.module, call.frames, "operand") in self.barred
 
         def after(node: fx.Node) -> int | None:
             if self.leaves_by(node) is not None or self.boundary_after(node, ()) is not None:
@@ -196,8 +198,8 @@ class Anchors:
         def enter(node: fx.Node) -> int | None:
             if node.op == "placeholder":
                 return 0
-            if len(users[node]) > 1 and any(map(is_barred, users[node])):
-                return None  # its part of the uses may be the one that needs it
+            if len(users[node]) > 1 and any(map(takes_as_it_is, users[node])):
+                return None  # one of those uses may be among the ones that share the sum
             boundary = self.boundary_after(node, users[node])
             if boundary is not None and boundary.fqn not in self.reused:
                 return 0

@@ -549,13 +549,13 @@ class _Compiler:
             call = self.anchors.site_of(node)
             if call is not None:
                 rounds[call.module, call.frames].add(call.index)
-        for (module, frames, _), by_call in self.draft.wraps.items():
+        for (module, frames, operand), by_call in self.draft.wraps.items():
             if len({tuple(by_call.get(index, ())) for index in rounds[module, frames] | set(by_call)}) > 1:
                 raise RewriteError(
                     f"{module or 'the root module'}: {frames[0]} runs several times, and not each time with the same "
                     "communication",
                     module,
-                    places=frozenset([(module, frames)]),
+                    places=frozenset([(module, frames), *([(module, frames, "operand")] if operand else [])]),
                 )
 
 

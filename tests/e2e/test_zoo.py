@@ -1,7 +1,7 @@
 """Architectures of transformers that span the mechanisms, by the benchmark that runs all of them.
 
 Each is built tiny by `benchmarks.zoo` and held against itself unsharded: outputs, gradients, and tokens where it
-generates. `tests/e2e/test_models.py` looks closer, at fewer.
+generates. `tests/e2e/test_models.py` looks closer, at other ones (GPT-J, T5 and BART among them).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ SUBSET: dict[str, dict[str, str]] = {
         "jamba": "state space and attention layers, experts",
         "mpt": "ALiBi",
         "gemma3_text": "sliding windows, norms before and after",
-        "gptj": "parallel residual",
         "granitemoe": "stacked experts behind a router",
         "trocr": "a decoder by itself, with states to look at",
         "xlm": "in-place masks, sizes read from the inputs",
@@ -34,10 +33,6 @@ SUBSET: dict[str, dict[str, str]] = {
         "albert": "the same layer several times",
         "deberta-v2": "disentangled attention",
         "xmod": "adapters",
-    },
-    "seq2seq": {
-        "t5": "relative position tables by head, shared by all layers",
-        "bart": "cross-attention, tied weights",
     },
     "image": {"convnext": "depthwise convolutions"},
     "audio": {"wav2vec2": "a weight-normed convolution by groups", "whisper": "a tower of convolutions"},
