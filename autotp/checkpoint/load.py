@@ -49,7 +49,7 @@ def from_pretrained(
     Args:
         path_or_id: a directory with a config and safetensors files, or a model id on the hub.
         model_class: a class of transformers; by default the one that the config names.
-        dtype: as for transformers' ``from_pretrained``; by default what the config says.
+        dtype: as for transformers' ``from_pretrained`` (``torch_dtype`` too); by default what the config says.
         device: where the weights go (default: the mesh's device).
         ignore_mismatched_sizes: draw weights anew whose shape in the checkpoint is another one.
         weights_only: read pickles (``pytorch_model.bin``) too, as ``torch.load(weights_only=True)`` does, where there

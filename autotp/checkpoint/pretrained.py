@@ -69,6 +69,8 @@ def build(
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: has no config that transformers can read: {error}") from error
     kind = _class_for(transformers, config, model_class)
+    older = options.pop("torch_dtype", None)  # the older name of dtype
+    dtype = older if dtype is None else dtype
     if dtype in (None, "auto"):
         dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):

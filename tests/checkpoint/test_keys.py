@@ -85,8 +85,8 @@ def test_reported_as_transformers_reports_them(tmp_path: Path) -> None:
 def test_another_dtype(name: str, tmp_path: Path) -> None:
     """T5 keeps some weights in float32, whatever it is loaded in; buffers are as transformers makes them."""
     reference = type(models.write(name, tmp_path)).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for dtype in (torch.bfloat16, "bfloat16"):
-        model = autotp.from_pretrained(tmp_path, dtype=dtype)
+    for given in ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}):
+        model = autotp.from_pretrained(tmp_path, **given)
         assert models.differences(model.state_dict(), model, reference) == []
         assert model.dtype == torch.bfloat16
 
