@@ -27,7 +27,7 @@ from .configs import build
 #: Relative to the largest element. Many models compute norms or softmax in float32 (eps 1.2e-7) whatever their dtype.
 RTOL = 1e-4
 #: Of the largest gradient of the model: one below is rounding (the bias of attention's keys, whose gradient is zero).
-#: In float32 more: a difference of one unit in the largest one's last place.
+#: Of a gradient in float32 more: a difference of one unit in the largest one's last place.
 NOISE = 1e-5
 NEW_TOKENS = 8
 _LAYER = re.compile(r"(?<![^.])(\d+|\{[\d,-]+\})(?![^.])")  # of a name in a model, or in a plan that joins layers
@@ -189,16 +189,15 @@ def difference(
             return math.inf, f"gradient of {name}: one has none"
         if grad is not None and mine is not None:
             pairs.append((f"gradient of {name}", *aligned(name, mine, grad)))
-    some = [g for g in whole.values() if g is not None and g.numel()]
-    noise = max((NOISE, *(torch.finfo(g.dtype).eps / RTOL for g in some)))
-    floor = noise * max((float(g.abs().max()) for g in some), default=0.0)
-    for what, a, b in pairs:
+    largest = max((float(g.abs().max()) for g in whole.values() if g is not None and g.numel()), default=0.0)
+    for i, (what, a, b) in enumerate(pairs):
         if a is None or a.shape != b.shape:
             return math.inf, f"{what}: {None if a is None else tuple(a.shape)}, not {tuple(b.shape)}"
         if not b.is_floating_point():
             if not torch.equal(a, b):
                 return math.inf, f"{what} differs"
         elif b.numel():
+            noise = 0.0 if i < len(outputs) else max(NOISE, torch.finfo(b.dtype).eps / RTOL)
             a, b = a.detach().double(), b.detach().double()
             finite = torch.isfinite(b)
             if not torch.equal(finite, torch.isfinite(a)):
@@ -206,7 +205,7 @@ def difference(
             if not finite.any():
                 continue
             scale = float(b[finite].abs().max())
-            error = float((a[finite] - b[finite]).abs().max()) / max(scale, floor, 1e-8)
+            error = float((a[finite] - b[finite]).abs().max()) / max(scale, noise * largest, 1e-8)
             worst = max(worst, error)
             if not error <= RTOL:
                 return error, f"{what}: off by {error:.1e} of its largest element {scale:.1e}"

@@ -225,30 +225,30 @@ def _only(tensors: Any) -> float:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child only writes files
 @pytest.mark.parametrize(("kind", "kills"), [("weights", 50), ("training_state", 50)])
 def test_killed_at_any_point(kind: str, kills: int, tmp_path: Path) -> None:
-    """Whenever the saving process dies, a whole checkpoint is there, and never an older one than before."""
+    """Whenever the saving process dies, a whole checkpoint is there, and none older than the last that it finished."""
     save, value_of = {"weights": (_save, _value), "training_state": (_save_state, _state_value)}[kind]
     rng = random.Random(0)
     folder = tmp_path / "x"
     save(folder, 1.0)
-    begun = time.monotonic()
-    save(folder, 1.0)
-    one_save = time.monotonic() - begun
-    last, cut_short = 1.0, 0
-    seen = set()
+    last, cut_short, one_save = 1.0, 0, 0.0
     for _ in range(kills):
         reader, writer = os.pipe()
         child = os.fork()
-        if child == 0:  # saves larger and larger values until it is killed
+        if child == 0:  # saves larger and larger values until it is killed, and tells of each that is done
             try:
-                os.write(writer, b"x")
                 value = last
                 while True:
                     value += 1
                     save(folder, value)
+                    os.write(writer, b"x")
             finally:
                 os._exit(1)
-        os.read(reader, 1)
-        time.sleep(2 * one_save * rng.random())
+        finished = rng.randrange(3)
+        for _ in range(finished):
+            begun = time.monotonic()
+            os.read(reader, 1)
+            one_save = time.monotonic() - begun
+        time.sleep(one_save * rng.random())
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -256,10 +256,9 @@ def test_killed_at_any_point(kind: str, kills: int, tmp_path: Path) -> None:
         os.close(writer)
         cut_short += bool(list(tmp_path.glob(".x.saving-*")))
         now = value_of(folder)
-        assert now >= last
+        assert now >= last + finished
         last = now
-        seen.add(last)
-    assert len(seen) > kills // 10 and cut_short > kills // 10
+    assert cut_short > kills // 10
     save(folder, 7.0)
     assert value_of(folder) == 7.0
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
