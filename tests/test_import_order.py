@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "axes": {"trace", "errors"},
     "plan": {"axes", "trace", "errors", "report"},
     "rewrite": {"plan", "axes", "trace", "runtime", "errors"},
-    "checkpoint": {"api", "prepare", "rewrite", "plan", "axes", "runtime", "errors"},
+    "checkpoint": {"api", "prepare", "rewrite", "plan", "axes", "trace", "runtime", "errors"},
     "prepare": {"rewrite", "plan", "axes", "trace", "runtime", "errors"},
     "api": {"prepare", "rewrite", "plan", "axes", "trace", "runtime", "errors"},
     "debug": {"rewrite", "axes", "runtime", "errors"},

@@ -16,7 +16,7 @@ from ..rewrite.bind import Rank
 from ..rewrite.state import Sharding, dims_by_id
 from .keys import Keys, place
 from .lazy import Lazy, lazy, read_into
-from .tensorfile import Box, take, whole_box
+from .tensorfile import Box, cut, whole_box
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Lazy], sharding: Sharding | None) -> None:
@@ -64,10 +64,7 @@ class InMemory:
         return self.value.dtype
 
     def read_into(self, box: Box, out: Tensor) -> None:
-        part = self.value
-        for d, own in enumerate(box):
-            part = take(part, d, own)
-        out.copy_(part)
+        out.copy_(cut(self.value, box))
 
 
 def initialise(model: Any, keys: Keys, names: set[str], seed: int) -> None:

@@ -11,7 +11,7 @@ from ..axes.term import Dim, size_of
 from ..rewrite.bind import Rank
 from ..rewrite.state import Sharding, dims_by_id, slice_of
 from ..runtime.group import get_group
-from .tensorfile import Box, take
+from .tensorfile import Box, cut
 
 
 class Desk:
@@ -82,9 +82,7 @@ class Gathered:
     def read_into(self, box: Box, out: Tensor) -> None:
         part = self.desk.get(self.value, self.dims)
         if part is not None:
-            for d, own in enumerate(box):
-                part = take(part, d, own)
-            out.copy_(part)
+            out.copy_(cut(part, box))
 
 
 def whole_state(model: nn.Module, sharding: Sharding | None) -> tuple[dict[str, Gathered], Desk]:

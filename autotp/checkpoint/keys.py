@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..trace.library import is_transformers
 from .lazy import Lazy, lazy, sources
 from .tensorfile import Stored
 
@@ -35,11 +35,6 @@ def place(tensor: Lazy) -> str:
     """The files and keys that a tensor is made of, for messages."""
     found = [f"{s.key!r} of {s.path}" for s in sources(tensor) if isinstance(s, Stored)]
     return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
-
-
-def is_transformers(model: nn.Module) -> bool:
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
 def match(model: nn.Module, found: Mapping[str, Stored], key_map: Any = None) -> Keys:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .tensorfile import Box, Run, Source, take, whole_box
+from .tensorfile import Box, Run, Source, cut, whole_box
 
 aten = torch.ops.aten
 
@@ -89,9 +89,7 @@ def _whole(func: Any, args: Any, kwargs: Any, index: int | None, box: Box, out: 
     result = func(*real[0], **{k: v for k, v in real[1].items() if k != "device"})
     if index is not None:
         result = result[index]
-    for d, runs in enumerate(box):
-        result = take(result, d, runs)
-    out.copy_(result)
+    out.copy_(cut(result, box))
 
 
 # ---- one rule an op: walk the wanted part back; False: give it its operands whole ---------------------------

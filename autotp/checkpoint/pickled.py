@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tensorfile import BLOCK_BYTES, Box, take
+from .tensorfile import BLOCK_BYTES, Box, cut
 
 SUFFIXES = (".bin", ".pt", ".pth")
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -37,10 +37,7 @@ class PickledTensor:
         return self.value.nbytes
 
     def read_into(self, box: Box, out: Tensor) -> None:
-        part = self.value
-        for d, runs in enumerate(box):
-            part = take(part, d, runs)
-        out.copy_(part)
+        out.copy_(cut(self.value, box))
 
     def crc32(self) -> int:
         found = 0

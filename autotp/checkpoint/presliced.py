@@ -15,10 +15,10 @@ from ..axes.term import Dim
 from ..errors import CheckpointError
 from ..rewrite.bind import Rank
 from ..rewrite.state import dims_by_id
+from ..trace.library import is_transformers
 from .fill import box_of
 from .folder import FORMAT, Folder, abandon, begin, finish, read_json, write_json
 from .gathered import Desk
-from .keys import is_transformers
 from .lazy import Lazy, lazy, read
 from .save import _original, _without_ties, is_ours, shard_bytes, write
 from .tensorfile import DTYPES, NAMES, Box, FileTensor, Run, Writer, read_header, take

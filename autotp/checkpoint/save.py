@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..rewrite.state import Sharding, sharding_of
 from ..runtime.group import get_group
+from ..trace.library import is_transformers
 from .consensus import conclude
 from .folder import FORMAT, INDEX, MANIFEST, SINGLE, abandon, begin, finish, write_json
 from .gathered import Desk, whole_state
-from .keys import is_transformers
 from .lazy import Lazy, lazy, read, storage_of
 from .tensorfile import Writer
 

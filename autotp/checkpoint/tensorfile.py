@@ -157,6 +157,13 @@ def take(tensor: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+def cut(tensor: Tensor, box: Box) -> Tensor:
+    """That part of a tensor."""
+    for d, runs in enumerate(box):
+        tensor = take(tensor, d, runs)
+    return tensor
+
+
 def whole_box(shape: Sequence[int]) -> list[list[Run]]:
     return [[(0, n)] for n in shape]
 

@@ -171,12 +171,13 @@ class Anchors:
             return None
         return call
 
+    def has_site(self, node: fx.Node) -> bool:
+        """Whether the expression that makes the value can be patched."""
+        call = self.site_of(node)
+        return call is not None and (call.module, call.frames) not in self.barred
+
     def places(self) -> Places:
         """For the planner: what can be placed, and whether by a hook (0) or a patch (1)."""
-
-        def has_site(node: fx.Node) -> bool:
-            call = self.site_of(node)
-            return call is not None and (call.module, call.frames) not in self.barred
 
         def takes_as_it_is(user: fx.Node) -> bool:
             """Whether no operand of the op can be entered where it is used: for some rounds of a loop it would be."""
@@ -188,12 +189,12 @@ class Anchors:
                 return 0
             if self.leaf_of(node) is not None:
                 return None  # inside a leaf that is swapped as a whole
-            return 1 if has_site(node) else None
+            return 1 if self.has_site(node) else None
 
         users: dict[fx.Node, list[fx.Node]] = {n: list(n.users) for n in self.position}
 
         def takes_patches(user: fx.Node) -> bool:
-            return self.leaf_of(user) is not None or has_site(user)
+            return self.leaf_of(user) is not None or self.has_site(user)
 
         def enter(node: fx.Node) -> int | None:
             if node.op == "placeholder":
@@ -211,10 +212,10 @@ class Anchors:
                 return 0
             if all(self.leaf_of(user) is not None for user in users[node]):
                 return 0
-            return 1 if has_site(node) or all(map(takes_patches, users[node])) else None
+            return 1 if self.has_site(node) or all(map(takes_patches, users[node])) else None
 
         def mask(edge: Edge) -> bool:
-            return self.leaf_of(edge.consumer) is None and has_site(edge.consumer)
+            return self.leaf_of(edge.consumer) is None and self.has_site(edge.consumer)
 
         def contract(node: fx.Node) -> bool:
             return node.target is not torch.ops.aten.embedding.default or self.can_look_up(node)

@@ -348,7 +348,7 @@ class _Compiler:
                 else:
                     self.draft.hooks[b].setdefault(self._call_index(b.fqn, at), []).extend(steps)
             return
-        elsewhere = self._is_closed(node) or self._is_barred(node)
+        elsewhere = not self.anchors.has_site(node) or self._is_barred(node)
         if elsewhere and all(isinstance(step, Enter) for step in steps):
             edges = [e for e in self.uses[node] if has_gradient(e.consumer)]
             self._place_before(node, edges, steps)  # where it is used, the same
@@ -359,14 +359,9 @@ class _Compiler:
         """Whether an output is gathered where the model's own forward makes it: a loss that it computes of it, in a
         branch that was not traced, then has the whole."""
         call = self.anchors.site_of(node)
-        if call is None or call.module or len(call.frames) != 1 or (call.module, call.frames) in self.anchors.barred:
+        if call is None or call.module or len(call.frames) != 1 or not self.anchors.has_site(node):
             return False
         return any(isinstance(step, Gather) for step in steps)
-
-    def _is_closed(self, user: fx.Node) -> bool:
-        """Whether the op's expression cannot be patched."""
-        call = self.anchors.site_of(user)
-        return call is None or (call.module, call.frames) in self.anchors.barred
 
     def _is_barred(self, node: fx.Node) -> bool:
         return any(
@@ -403,7 +398,7 @@ class _Compiler:
                 target.setdefault(self._call_index(boundaries[0].fqn, users[0]), []).extend(steps)
             return
         entered = any(isinstance(step, Enter) for step in steps)
-        if len(edges) == len(self.uses[node]) and not entered and any(map(self._is_closed, users)):
+        if len(edges) == len(self.uses[node]) and not entered and not all(map(self.anchors.has_site, users)):
             self._place_after(node, steps)  # where it is made, the same
             return
         share = None
