@@ -59,8 +59,8 @@ def trace(
     kwargs = dict(kwargs or {})
     branch = unmasked() if scenario == "unmasked" else nullcontext()
     training = scenario == "train" if training is None else training
-    with _mode(module, training), branch, unchecked(), twins(module) as own:
-        work = _Work(module, tuple(args), kwargs, scenario, run, own)
+    with _mode(module, training), branch, unchecked() as checked, twins(module) as own:
+        work = _Work(module, tuple(args), kwargs, scenario, run, own, checked)
         session = Session(watch)
         try:
             return work.attempt(session)
@@ -95,11 +95,13 @@ class _Work:
     scenario: str
     run: Run
     twins: Twins
+    checked: list[torch.Tensor]
     failed_in: str | None = None
 
     def attempt(self, session: Session | None, exclude: frozenset[type] = frozenset()) -> Trace:
         """Trace once; without a session, all integers are plain."""
         self.failed_in = None
+        self.checked.clear()
         mode = fake_mode()
         state = _State.of(self.module)
         originals = {id(t): t for _, t in self._input_leaves()}
@@ -134,8 +136,8 @@ class _Work:
                 recorder,
             ):
                 out = self.run(self.module, *args, **kwargs)
-            outputs = recorder.ports(out, ("out",))
-            return [t for _, t in tensor_leaves(out, ()) if node_of(t, tracer) is not None]
+            outputs = (*recorder.ports(out, ("out",)), *recorder.ports(self.checked, ("checked",)))
+            return [t for _, t in tensor_leaves((out, self.checked), ()) if node_of(t, tracer) is not None]
 
         try:
             with provenance(self.module, session, exclude):

@@ -20,14 +20,21 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
-    """Without checks of tensors' values, which a trace does not have. Those of sizes stay: edits may not break them."""
+def unchecked() -> Iterator[list[torch.Tensor]]:
+    """Without checks of tensors' values, which a trace does not have; what they would look at is collected, as edits
+    may not break it (the count of placeholder tokens against the sizes of what goes in their place). Checks of sizes
+    alone stay."""
+    conditions: list[torch.Tensor] = []
 
-    def unknown(*args: Any, **kwargs: Any) -> None:
-        return None
+    def later(condition: Any, message: Any = None) -> None:
+        if isinstance(condition, torch.Tensor):
+            conditions.append(condition)
 
-    with patch.multiple(torch, _check_tensor_all=unknown, _check_tensor_all_with=unknown):
-        yield
+    def later_with(error_type: Any, condition: Any, message: Any = None) -> None:
+        later(condition)
+
+    with patch.multiple(torch, _check_tensor_all=later, _check_tensor_all_with=later_with):
+        yield conditions
 
 
 @contextmanager

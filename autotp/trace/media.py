@@ -111,7 +111,8 @@ def _rows(model: Any, holder: str, medium: _Medium, given: Inputs) -> int:
         )  # fmt: skip
     except TraceError:
         return 0
-    ready = [port for port in traced.outputs if "pooler_output" in port.path] or list(traced.outputs)
+    features = [port for port in traced.outputs if port.path[0] == "out"]
+    ready = [port for port in features if "pooler_output" in port.path] or features
     shapes = [port.node.meta["val"].shape for port in ready]
     width = model.get_input_embeddings().embedding_dim
     return sum(math.prod(shape[:-1]) for shape in shapes) if all(shape[-1] == width for shape in shapes) else 0
