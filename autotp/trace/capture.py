@@ -118,11 +118,11 @@ class _Work:
             given = dict(zip(originals, inputs, strict=True))
             args, kwargs = map_tensors((self.args, self.kwargs), lambda t: given[id(t)])
             buffers = {node_of(fakes[name], tracer): value for name, value in state.values.items()}
-            integers = {node_of(given[k], tracer): t for k, t in originals.items() if _is_known(t)}
+            known = {node_of(given[k], tracer): t for k, t in originals.items() if _is_known(t, True)}
             constants = Constants(
                 tracer.root,
                 {n: v for n, v in buffers.items() if n is not None},
-                {n: v for n, v in integers.items() if n is not None},
+                {n: v for n, v in known.items() if n is not None},
             )
             recorder = Recorder(self.module, tracer, session, constants, self.twins)
             names = {**fakes, **{alias: fakes[name] for alias, name in state.aliases.items()}}
@@ -222,10 +222,10 @@ class _State:
         )
 
 
-def _is_known(tensor: torch.Tensor) -> bool:
-    """Whether the values of a buffer or of an input are taken along: small integers."""
-    whole = not tensor.is_floating_point() and not tensor.is_complex()
-    return whole and tensor.device.type == "cpu" and tensor.numel() <= LARGEST
+def _is_known(tensor: torch.Tensor, floating: bool = False) -> bool:
+    """Whether the values are taken along: small ones, of a buffer integers alone."""
+    plain = not tensor.is_complex() and (floating or not tensor.is_floating_point())
+    return plain and tensor.device.type == "cpu" and tensor.numel() <= LARGEST
 
 
 @contextmanager

@@ -8,8 +8,9 @@ shapes, but need files that a model without a repository does not have.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from autotp.trace.skeleton import skeleton
 Inputs = dict[str, torch.Tensor]
 
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text, 1 for the first other medium
+_GRIDS = frozenset(("image_grid_thw", "image_grid_hw", "target_sizes"))  # by one of which patches are told their places
+_PASSED_ON = ("image_merge_sizes",)  # by a getter, to what it calls
 _LEADING = 2  # tokens of text before the placeholders
 _FRAMES = 96
 
@@ -36,6 +39,15 @@ class _Medium:
     tokens: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """Inputs of a medium, and how many placeholders a row has for them."""
+
+    token: int
+    count: int
+    given: Inputs
+
+
 _MEDIA = (
     _Medium("get_image_features", "pixel_values", IMAGE_TOKEN),
     _Medium("get_audio_features", "input_features", AUDIO_TOKEN),
@@ -45,8 +57,8 @@ _MEDIA = (
 def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
     """Example inputs with each medium that the model takes beside its text; one after another to try.
 
-    `input_ids` is [BATCH, SEQ + placeholders]; the placeholders of a row are in one run. Nothing for a model without
-    such media, or of which no shape is known to fit.
+    `input_ids` is [BATCH, SEQ + placeholders]; the placeholders of a row are in one run a medium. Nothing for a model
+    without such media, or of which no shape is known to fit.
     """
     if not is_transformers(model) or model.main_input_name != "input_ids":
         return
@@ -54,24 +66,42 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
     if all(_names(model, medium) == [] for medium in _MEDIA) and "pixel_values" in takes:
         for given in _images(model):  # which the text is put behind
             yield {k: v for k, v in given.items() if k in takes}
-    for medium in _MEDIA:
-        token = _token(model, medium)
-        holder, getter = _holder(model, medium)
-        if token is None or medium.argument not in takes or holder is None:
+    offers = [_fitting(model, medium, takes) for medium in _MEDIA]
+    best = [next(offer, None) for offer in offers]
+    if all(offer is not None for offer in best):
+        yield from _beside_text(model, [offer for offer in best if offer is not None], takes)
+    for offer, others in zip(best, offers, strict=True):
+        if offer is not None:
+            for one in itertools.chain((offer,), others):
+                yield from _beside_text(model, [one], takes)
+
+
+def _fitting(model: Any, medium: _Medium, takes: Collection[str]) -> Iterator[_Offer]:
+    """The shapes of a medium that the model makes features of."""
+    token = _token(model, medium)
+    holder, getter = _holder(model, medium)
+    if token is None or medium.argument not in takes or holder is None:
+        return
+    makes = _images if medium.argument == "pixel_values" else _sounds
+    for given in makes(model):
+        known = {k: v for k, v in given.items() if k in takes}
+        if not _GRIDS.isdisjoint(given) and _GRIDS.isdisjoint(known):
             continue
-        makes = _images if medium.argument == "pixel_values" else _sounds
-        for given in makes(model):
-            known = {k: v for k, v in given.items() if k in takes}
-            if "image_grid_thw" in given.keys() - known.keys():
-                continue
-            count = _rows(model, holder, medium, {k: v for k, v in given.items() if k in getter})
-            if count and count % BATCH == 0:
-                ids = _with_placeholders(model, token, count // BATCH)
-                types = {name: (ids == token).long() for name in _TYPES if name in takes}
-                yield {"input_ids": ids, **types, **known}
-                if "position_ids" in takes:  # what finds them branches on the sizes of images
-                    rows = torch.arange(ids.shape[1]).expand(3, *ids.shape).contiguous()
-                    yield {"input_ids": ids, **types, **known, "position_ids": rows}
+        own = {k: v for k, v in known.items() if k in getter or k in _PASSED_ON}
+        count = _rows(model, holder, medium, own)
+        if count and count % BATCH == 0:
+            yield _Offer(token, count // BATCH, known)
+
+
+def _beside_text(model: Any, offers: Sequence[_Offer], takes: Collection[str]) -> Iterator[Inputs]:
+    ids = _with_placeholders(model, offers)
+    tokens = torch.tensor([offer.token for offer in offers])
+    given = {"input_ids": ids, **{name: torch.isin(ids, tokens).long() for name in _TYPES if name in takes}}
+    for offer in offers:
+        given |= offer.given
+    yield given
+    if "position_ids" in takes:  # what finds them branches on the sizes of images
+        yield {**given, "position_ids": torch.arange(ids.shape[1]).expand(3, *ids.shape).contiguous()}
 
 
 def _names(model: Any, medium: _Medium) -> list[str]:
@@ -93,10 +123,13 @@ def _holder(model: Any, medium: _Medium) -> tuple[str | None, Collection[str]]:
     return None, ()
 
 
-def _with_placeholders(model: Any, token: int, count: int) -> torch.Tensor:
+def _with_placeholders(model: Any, offers: Sequence[_Offer]) -> torch.Tensor:
+    tokens = {offer.token for offer in offers}
+    plain = next(i for i in range(vocabulary(model) - 1, -1, -1) if i not in tokens)
     text = token_ids(SEQ, vocabulary(model))
-    text = torch.where(text == token, text - 1, text)
-    return torch.cat([text[:, :_LEADING], torch.full((BATCH, count), token), text[:, _LEADING:]], 1)
+    text = torch.where(torch.isin(text, torch.tensor([*tokens])), plain, text)
+    runs = [torch.full((BATCH, offer.count), offer.token) for offer in offers]
+    return torch.cat([text[:, :_LEADING], *runs, text[:, _LEADING:]], 1)
 
 
 def _rows(model: Any, holder: str, medium: _Medium, given: Inputs) -> int:
@@ -126,7 +159,7 @@ def _images(model: Any) -> Iterator[Inputs]:
     dtype = dtype_of(model)
     vision = (first((model.config, get(model.config, "encoder")), "vision_config") or model.config,)
     channels = first(vision, "num_channels", "in_channels", "in_chans") or 3
-    size = first(vision, "image_size", "img_size") or 224
+    size = first((*vision, get(model.config, "vq_config")), "image_size", "img_size", "resolution") or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     patch = first(vision, "patch_size") or 16
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
@@ -136,25 +169,34 @@ def _images(model: Any) -> Iterator[Inputs]:
     merge = merge[0] if isinstance(merge, (tuple, list)) else merge
     side = 2 * merge
     grid = torch.tensor([[1, side, side]]).repeat(BATCH, 1)
-    for frames in dict.fromkeys((first(vision, "temporal_patch_size") or 1, 1)):
+    grids = {
+        "image_grid_thw": grid,
+        "image_grid_hw": grid[:, 1:].contiguous(),
+        "target_sizes": grid[:, 1:].int(),
+        "image_merge_sizes": torch.full((BATCH,), merge),
+    }
+    for frames in dict.fromkeys((first(vision, "temporal_patch_size", "patch_temporal") or 1, 1)):
         pixels = channels * frames * patch * patch
-        yield {"pixel_values": torch.zeros(BATCH * side * side, pixels, dtype=dtype), "image_grid_thw": grid}
-    flat = torch.zeros(BATCH * side * side, channels, patch, patch, dtype=dtype)
-    yield {"pixel_values": flat, "image_grid_thw": grid}
+        yield {"pixel_values": torch.ones(BATCH * side * side, pixels, dtype=dtype), **grids}
+    flat = torch.ones(BATCH * side * side, channels, patch, patch, dtype=dtype)
+    yield {"pixel_values": flat, **grids}
 
-    plain = torch.zeros(BATCH, channels, height, width, dtype=dtype)
+    plain = torch.ones(BATCH, channels, height, width, dtype=dtype)
+    larger = get(get(model.config, "high_res_vision_config"), "image_size")
+    if larger:
+        yield {"pixel_values": plain, "high_res_pixel_values": torch.ones(BATCH, channels, larger, larger, dtype=dtype)}
     yield {"pixel_values": plain}
     yield {"pixel_values": plain, "image_sizes": sizes}
     for count in (1, 2, 3, 5):  # an image and its tiles
         yield {
-            "pixel_values": torch.zeros(BATCH, count, channels, height, width, dtype=dtype),
+            "pixel_values": torch.ones(BATCH, count, channels, height, width, dtype=dtype),
             "image_sizes": sizes,
             "pixel_attention_mask": torch.ones(BATCH, count, height, width, dtype=torch.bool),
         }
     rows = torch.arange(side).repeat_interleave(side)
     places = torch.stack([torch.arange(side).repeat(side), rows], -1)
     yield {
-        "pixel_values": torch.zeros(BATCH, side * side, channels * patch * patch, dtype=dtype),
+        "pixel_values": torch.ones(BATCH, side * side, channels * patch * patch, dtype=dtype),
         "pixel_attention_mask": torch.ones(BATCH, side * side, dtype=torch.long),
         "spatial_shapes": torch.tensor([[side, side]]).repeat(BATCH, 1),
         "image_position_ids": places.expand(BATCH, -1, -1).contiguous(),
@@ -171,7 +213,7 @@ def _sounds(model: Any) -> Iterator[Inputs]:
         for shape, length in (((BATCH, bins, frames), frames), ((BATCH, frames, bins), frames)):
             mask = torch.ones(BATCH, length, dtype=torch.long)
             yield {
-                "input_features": torch.zeros(shape, dtype=dtype),
+                "input_features": torch.ones(shape, dtype=dtype),
                 "input_features_mask": mask,
                 "feature_attention_mask": mask,
                 "padding_mask": mask,

@@ -203,7 +203,8 @@ class Recorder(TorchFunctionMode):
         value = self._known_value(tensor)
         if value is None or not self._is_given(tensor):
             return value
-        if value.dtype == torch.bool or value.is_floating_point() or func is torch.Tensor.__bool__:
+        whole = func is torch.Tensor.__int__ or not value.is_floating_point()
+        if value.dtype == torch.bool or not whole or func is torch.Tensor.__bool__:
             return None
         inner = self.running[-1] if self.running else _Running("", None)
         frames = frames_to(frame, inner.code, _CALL_MODULE_CODE)

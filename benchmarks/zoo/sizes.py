@@ -154,8 +154,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "blip-2:Blip2ForImageTextRetrieval": {"qformer_config.use_qformer_text_input": True},
     "instructblip": {"image_token_index": 98},
     "instructblipvideo": {"video_token_index": 98},
-    "chameleon": {"vocabulary_map": {"<image>": 98, **{f"IMGIMGA{chr(65 + i % 26)}Z": 40 + i for i in range(26)}}},
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": 98, **{f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 40 + i for i in range(26)},
+        },
+        "vq_config.num_embeddings": 26, "vq_config.resolution": 32,
+    },
     "emu3": {"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97, "<|visual token 000000|>": 40}},
+    "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32]]},  # of tiles as large as the images are
+    "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
+    "muse_glimmer": {"out_hidden_size": 256, "projector_hidden_size": 64},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0]},
+    "kimi_k25": {"projection_hidden_size": 64},
+    "llama4_vision_model": {
+        "intermediate_size": 256, "projector_input_dim": 96, "projector_output_dim": 64, "vision_output_dim": 64,
+    },
+    "minicpmv4_6": {"image_token_id": 98},
+    "minicpmv4_7": {"image_token_id": 98},
+    "minicpm_ocr": {"image_token_id": 98},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots3_note_vision_encoder": {
@@ -171,6 +188,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0, "num_hidden_layers": 4},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1], "downsample_rate": "1/2",
+        "image_grid_pinpoints": [[32, 64], [64, 32]],
     },
     "hunyuan_vl_text": {
         "head_dim": 16,
@@ -178,7 +196,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "mistral4": {"head_dim": 20},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
+    "nemotron_h_omni": {
+        "vision_config.video_temporal_patch_size": 2, "vision_hidden_size": 64, "projector_hidden_size": 64,
+    },
     "step3p5": {"sliding_window": 5},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "gemma4_unified_assistant": {
