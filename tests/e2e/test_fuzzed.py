@@ -137,6 +137,22 @@ class Kept(nn.Module):
         return self.head(x.mean(1))
 
 
+class Counted(nn.Module):
+    """Rows that are zero are left out, and how many features there are is held against how many places there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.inward = nn.Linear(WIDTH, 13), nn.Linear(WIDTH, 13)
+        self.head = nn.Linear(13, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inward = self.inward(x)
+        real = (x == 0).sum(-1) != x.shape[-1]
+        features = self.features(x[real])
+        torch._check_tensor_all_with(ValueError, real.sum() * inward.shape[-1] == features.numel(), lambda: "counts")
+        return self.head(inward.masked_scatter(real.unsqueeze(-1), features))
+
+
 CASES = {
     "positions": (Positions, WIDTH),
     "mixed positions": (lambda: Positions(mixed=True), WIDTH),
@@ -147,6 +163,7 @@ CASES = {
     "unused": (Unused, WIDTH),
     "branch": (Branch, WIDTH),
     "kept": (Kept, 7),
+    "counted": (Counted, WIDTH),
 }
 
 

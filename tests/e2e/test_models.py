@@ -143,9 +143,10 @@ def test_three_ranks(dist: Pool, name: str) -> None:
     check(name, dist.run(3, compare, name, MODELS[name].variants[0], guessed))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The long ones are compared on two and three ranks, and in their variants.
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "bart")])
 def test_four_ranks(dist: Pool, name: str) -> None:
-    check(name, dist.run(4, compare, name, MODELS[name].variants[-1 if name == "t5" else 0]))
+    check(name, dist.run(4, compare, name, MODELS[name].variants[0]))
 
 
 # The other variants where their code or their partition differs: eager attention repeats the kv heads, and 2 kv

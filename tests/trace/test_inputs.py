@@ -323,6 +323,31 @@ def test_several_kinds_of_inputs() -> None:
         }
 
 
+def test_images_beside_text() -> None:
+    """Patches told by a grid, several images of which padding is left out, and tiles of one image."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "llama", **sizes, "vocab_size": 31}
+    tower = {**sizes, "image_size": 12, "patch_size": 4}
+    with torch.device("meta"):
+        several = transformers.Idefics3ForConditionalGeneration(
+            transformers.Idefics3Config(text_config=text, vision_config=tower, image_token_id=30, scale_factor=1)
+        )
+        tiles = transformers.LlavaNextForConditionalGeneration(
+            transformers.LlavaNextConfig(
+                text_config=text,
+                vision_config={"model_type": "clip_vision_model", **tower},
+                image_token_index=30,
+                vision_feature_layer=-1,
+                image_grid_pinpoints=[[12, 24], [24, 12]],
+            )
+        )
+    assert scenarios(several)[0].kwargs["pixel_values"].shape == (2, 1, 3, 12, 12)
+    given = scenarios(tiles)[0].kwargs
+    assert given["pixel_values"].shape == (2, 3, 3, 12, 12)  # two tiles, and the image
+    assert (given["input_ids"] == 30).sum(1).tolist() == [24] * 2  # 9 of the image, 3 lines of tiles without what pads them
+
+
 def test_a_decoder_by_itself_is_traced_with_states_to_look_at_and_without() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "d_model": 8, "decoder_ffn_dim": 12, "vocab_size": 31}
