@@ -39,11 +39,16 @@ MOST_ATTEMPTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan and the edits that carry it out, in the model's own names."""
+    """A plan and the edits that carry it out, in the model's own names.
+
+    Attributes:
+        used: the parameters that were used in a trace.
+    """
 
     plan: Plan
     rewriting: Rewriting
     tp: int
+    used: frozenset[str]
 
     @property
     def fingerprint(self) -> str:
@@ -160,7 +165,10 @@ def _prepared(
         notes=notes,
     )
     overrides.check(plan)
-    return Prepared(plan, rewriting.unfolded(folds.originals), tp)
+    ran = {fqn for t in traces for fqn, node in t.params.items() if node.users}
+    ran |= {alias for t in traces for alias, fqn in t.aliases.items() if fqn in ran}
+    used = frozenset(name for fqn in ran for name in folds.originals(fqn))
+    return Prepared(plan, rewriting.unfolded(folds.originals), tp, used)
 
 
 def _agree(

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..api import ExampleInputs, PlanLike, carry_out, prepare_on
+from ..api import ExampleInputs, PlanLike
+from ..carry import carry_out, prepare_on
 from ..errors import CheckpointError
-from ..rewrite.state import dims_by_id, sharding_of
+from ..rewrite.state import Asked, dims_by_id, sharding_of
 from ..runtime.mesh import default_mesh
 from . import pretrained
 from .consensus import together
@@ -157,13 +158,14 @@ def _shard_and_fill(
     with together(group):
         part, parts = (mesh.get_local_rank(), mesh.size()) if cut_for is None else (0, 1)
         folder.verify(part, parts)
-    prepared = prepare_on(model, mesh, example_inputs, plan, strict)
+    asked = Asked(example_inputs, plan, strict)
+    prepared = prepare_on(model, mesh, asked)
     with together(group):  # a device may be full
         sliced = {} if prepared is None else dims_by_id(model, prepared.rewriting.program.slices)
         materialize(model, target, sliced)
     with together(group):  # where its own collectives come before what can fail
         if prepared is not None:
-            carry_out(model, mesh, prepared, place=partial(room, device=target))
+            carry_out(model, mesh, prepared, asked, place=partial(room, device=target))
     with together(group):
         if cut_for is not None and prepared is not None and prepared.fingerprint != cut_for:
             raise CheckpointError(

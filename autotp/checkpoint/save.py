@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..newcomers import ready
 from ..rewrite.state import Sharding, sharding_of
 from ..runtime.group import get_group
 from ..trace.library import is_transformers
@@ -52,6 +53,7 @@ def save_pretrained(
     Raises:
         CheckpointError: on every rank (a full disk, say); the directory is as it was.
     """
+    ready(model, "autotp.save_pretrained")
     sharding = sharding_of(model)
     config = None if sharding is None else sharding.config
     names, desk = whole_state(model, sharding)

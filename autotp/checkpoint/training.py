@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..errors import CheckpointError
+from ..newcomers import ready
 from ..rewrite.state import Sharding, dims_by_id, sharding_of
 from ..runtime.group import get_group
 from .consensus import conclude, together
@@ -50,6 +51,7 @@ def save_training_state(
     """
     group = _world()
     rank = 0 if group is None else dist.get_rank()
+    ready(model, "autotp.save_training_state")
     sharding = sharding_of(model)
     replica = _replica(sharding, group)
     target: list[str | None] = [None]
@@ -102,6 +104,7 @@ def load_training_state(
         CheckpointError: it is damaged, another model's or another optimizer's; on every rank.
     """
     group = _world()
+    ready(model, "autotp.load_training_state")
     sharding = sharding_of(model)
     replica = _replica(sharding, group)
     with together(group):

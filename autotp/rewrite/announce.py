@@ -3,8 +3,7 @@
 transformers' Trainer and accelerate wrap what they are given in DDP over all ranks, and deal each rank other data,
 unless the model says that it is tensor parallel (`_announce`). Those who write files take a state dict to be the whole
 model's, from one rank often; of a sharded model it has this rank's slices, under the names of the whole (`_answer`,
-`_save`). And what wraps a sharded module into one with parameters of its own (adapters, parametrizations)
-computes with slices as if they were whole, so it has to be there before (`_refuse_newcomers`).
+`_save`). What is put into a sharded model later is noted (`watch`).
 """
 
 from __future__ import annotations
@@ -16,32 +15,26 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..axes.term import size_of
-from ..errors import AutoTPError, CheckpointError
+from ..errors import CheckpointError
 from ..trace.library import is_transformers
-from .state import gather_state_dict, sharding_of
-
-_PART = "_autotp_part"  # a module that was there when the model was sharded
-_watching = False
+from .state import Sharding, gather_state_dict, sharding_of
+from .watch import watch
 
 
 def announce(model: nn.Module) -> None:
     """Make the sharding of ``model``, which remembers it, known to the libraries that ask for it."""
-    global _watching
     sharding = sharding_of(model)
     assert sharding is not None
     _announce(model, sharding.rank.tp)
     model.register_state_dict_post_hook(_answer)  # type: ignore[no-untyped-call]
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = partial(_save, model)
-    for module in model.modules():
-        module.__dict__[_PART] = True
-    if not _watching:
-        register_module_module_registration_hook(_refuse_newcomers)
-        _watching = True
+    _say_shapes(model, sharding)
+    watch(model, sharding.rank)
 
 
 def _announce(model: nn.Module, tp: int) -> None:
@@ -70,6 +63,14 @@ def _announce(model: nn.Module, tp: int) -> None:
             module.__dict__["config"] = copies[id(config)]
 
 
+def _say_shapes(model: nn.Module, sharding: Sharding) -> None:
+    """peft asks a parameter for its whole shape by DeepSpeed's name for it, where the module does not say its sizes."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for fqn, dims in sharding.dims.items():
+        if fqn in tensors:
+            tensors[fqn].ds_shape = torch.Size(map(size_of, dims))  # type: ignore[attr-defined]
+
+
 # ---- saving --------------------------------------------------------------------------------------
 
 
@@ -86,7 +87,7 @@ def _answer(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any)
                 "accelerator.save_state would write the optimizer's state of one rank for all. Call "
                 "autotp.save_training_state(path, model, optimizer, scheduler) on every rank."
             )
-        state.update({prefix + name: value for name, value in gather_state_dict(model, sharding).items()})
+        state.update({prefix + name: value for name, value in gather_state_dict(model).items()})
     elif caller == "peft.utils.save_and_load.get_peft_model_state_dict":
         raise CheckpointError(
             "an adapter of a sharded model would be saved with this rank's slices. "
@@ -134,22 +135,3 @@ def _save(model: nn.Module, directory: Any, *args: Any, **kwargs: Any) -> Any:
             )
     saver: Any = type(model)
     return saver.save_pretrained(model, directory, *args, **kwargs)
-
-
-# ---- what is added later -------------------------------------------------------------------------
-
-
-def _refuse_newcomers(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Before a module is put into another one."""
-    if _PART not in parent.__dict__ or child is None or _PART in child.__dict__:
-        return
-    for fqn, module in child.named_modules(prefix=name):
-        if _PART in module.__dict__:
-            continue
-        if any(p is not None for p in module._parameters.values()):
-            raise AutoTPError(
-                f"{fqn!r}, with parameters of its own, cannot become part of a {type(parent).__name__} of a model "
-                "that is sharded: it would take this rank's slices for the whole. Add adapters, heads and "
-                "parametrizations first, then call autotp.parallelize."
-            )
-        module.__dict__[_PART] = True  # an empty container, which may be filled later

@@ -1,4 +1,7 @@
-"""Carry out a program on a model, for one rank: the only place that changes a model. A trial gives it a skeleton."""
+"""Carry out a program on a model, for one rank. A trial gives it a skeleton.
+
+Nothing else changes a model, but `undo` and `recut` one that was sharded and is planned anew.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from ..axes.term import Dim
 from ..errors import RewriteError
 from ..runtime.attention import disable_fast_paths
 from ..runtime.boundary import PortSteps, add_hooks
-from ..runtime.gradients import follow_gradients, sync_gradient
-from ..runtime.lazy_gather import settle_outputs
+from ..runtime.entry import enter_by
+from ..runtime.gradients import sync_gradient
 from ..runtime.optimizers import replaced, sharded, watch_optimizers
 from ..runtime.rng import DrawGate
 from ..runtime.sharded_gradient import share_gradient
@@ -31,6 +34,12 @@ from .steps import Step
 from .swap import SharedEnters, swap_leaf
 
 AttrKey = tuple[str, AttrPath]
+Place = Callable[[Tensor], Tensor]
+Cut = Callable[[nn.Module, Mapping[str, tuple[Dim, ...]], Rank, Place], None]
+
+
+def _stay(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +55,26 @@ def apply(
     program: Program,
     constants: LocalConstants,
     rank: Rank,
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    place: Place = _stay,
+    cut: Cut | None = None,
 ) -> list[Applied]:
     """Edit ``model`` in place into this rank's part of it; the patches that were made, for their diffs.
 
     Args:
         place: moves each slice (to its device) as it is cut.
+        cut: slices the parameters (default: `slice_parameters`).
     """
     shared = SharedEnters(program, rank)
-    slice_parameters(model, program.slices, rank, place)
+    (cut or slice_parameters)(model, program.slices, rank, place)
     for leaf in program.leaves:
         try:
             swap_leaf(model.get_submodule(leaf.fqn), leaf, program, rank, shared)
         except RewriteError as error:
             raise RewriteError(str(error), leaf.fqn) from error
-    _add_hooks(model, program, shared)
-    settle_outputs(model)
+    ports = _ports(program, shared)
+    whole = ports.pop("", ([], []))
+    for fqn, (inputs, outputs) in ports.items():
+        add_hooks(model.get_submodule(fqn), inputs, outputs)
     for (fqn, path), value in constants.attrs.items():
         set_attribute(model.get_submodule(fqn), path, value)
     applied = _patch(model, program, constants, rank, shared)
@@ -74,7 +87,7 @@ def apply(
         module, name = owner(model, fqn)
         if share is not None and name in module._parameters:
             share_gradient(module, name, share)
-    follow_gradients(model)
+    enter_by(model, *whole)
     watch_optimizers()
     disable_fast_paths(model)
     return applied
@@ -93,17 +106,11 @@ def slice_parameters(
     model: nn.Module,
     slices: Mapping[str, tuple[Dim, ...]],
     rank: Rank,
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    place: Place = _stay,
 ) -> None:
     """Replace each parameter (and buffer that goes with parameters) by this rank's slice of it; tied ones stay tied."""
     made: dict[int, Tensor] = {}
-    places: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
-    for module in model.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for holder in holders:
-            for name, tensor in holder.items():
-                if tensor is not None:
-                    places[id(tensor)].append((holder, name))
+    places = places_of(model)
     for fqn, dims in slices.items():
         module, name = owner(model, fqn)
         whole: Tensor | None = module._parameters.get(name)
@@ -125,19 +132,31 @@ def slice_parameters(
             holder[own_name] = local
 
 
+def places_of(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """The dicts of modules, and the names in them, that each parameter and buffer is in, by its id."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+    for module in model.modules():
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    places[id(tensor)].append((holder, name))
+    return places
+
+
 # ---- hooks, attributes, patches ------------------------------------------------------------------
 
 
-def _add_hooks(model: nn.Module, program: Program, shared: SharedEnters) -> None:
-    by_module: dict[str, dict[str, list[PortSteps]]] = defaultdict(lambda: {"in": [], "out": []})
+def _ports(program: Program, shared: SharedEnters) -> dict[str, tuple[list[PortSteps], list[PortSteps]]]:
+    """The steps on what goes into each module, and on what comes out of it."""
+    found: dict[str, tuple[list[PortSteps], list[PortSteps]]] = defaultdict(lambda: ([], []))
     bound: dict[tuple[tuple[Step, ...], int | None], tuple[Bound, ...]] = {}
     for boundary, steps in program.hooks.items():
         key = steps, program.hook_share.get(boundary)
         if key not in bound:
             bound[key] = tuple(shared.bind(step, key[1]) for step in steps)
-        by_module[boundary.fqn][boundary.side].append(PortSteps(boundary.path, bound[key]))
-    for fqn, sides in by_module.items():
-        add_hooks(model.get_submodule(fqn), sides["in"], sides["out"])
+        found[boundary.fqn][boundary.side == "out"].append(PortSteps(boundary.path, bound[key]))
+    return found
 
 
 def set_attribute(module: nn.Module, path: AttrPath, value: int) -> None:

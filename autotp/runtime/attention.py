@@ -90,7 +90,6 @@ class ShardedMultiheadAttention(Sharded, nn.MultiheadAttention):
                 f"should have {local} columns, not {module.out_proj.weight.shape[1]}."
             )
         become(module, ShardedMultiheadAttention, options)
-        module.out_proj.in_features = local
         # torch's fast paths (here and in TransformerEncoderLayer) run only where this is True.
         module._qkv_same_embed_dim = False
 

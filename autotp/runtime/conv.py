@@ -37,7 +37,9 @@ class ConvOptions:
 
 
 class ShardedConv(Sharded):
-    """``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` on this rank's channels."""
+    """``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` on this rank's channels. It goes on saying how many there are in
+    all; ``groups`` is local.
+    """
 
     _tp: ConvOptions
     weight: Tensor
@@ -56,13 +58,7 @@ class ShardedConv(Sharded):
             raise RewriteError(f"{type(module).__qualname__} is none of {names}.")
         check_swappable(module, kind.forward, ("weight", "bias"))
         become(module, cls, options)
-        cls.refresh_sizes(module)  # type: ignore[arg-type]
-
-    def refresh_sizes(self) -> None:
-        """Set in_channels, out_channels and groups to the local ones."""
-        self.groups = self._tp.groups
-        self.out_channels = self.weight.shape[0]
-        self.in_channels = self.weight.shape[1] * self.groups
+        module.groups = options.groups  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._between_edges(input, self._conv_forward)
@@ -102,12 +98,6 @@ class ShardedTransposedConv(ShardedConv):
     dilation: Any
 
     _kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-    def refresh_sizes(self) -> None:
-        """Set in_channels, out_channels and groups to the local ones."""
-        self.groups = self._tp.groups
-        self.in_channels = self.weight.shape[0]
-        self.out_channels = self.weight.shape[1] * self.groups
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         spatial = self.weight.dim() - 2

@@ -32,7 +32,7 @@ class EmbeddingOptions:
 
 
 class ShardedEmbedding(Sharded, nn.Embedding):
-    """``nn.Embedding`` on this rank's rows or columns of the weight."""
+    """``nn.Embedding`` on this rank's rows or columns of the weight. Its sizes go on saying the whole."""
 
     _tp: EmbeddingOptions
 
@@ -53,11 +53,6 @@ class ShardedEmbedding(Sharded, nn.Embedding):
         if options.rows is not None and module.padding_idx is not None:
             module.padding_idx = local_row(module.padding_idx, options.rows)
         become(module, ShardedEmbedding, options, inner=own)
-        ShardedEmbedding.refresh_sizes(module)  # type: ignore[arg-type]
-
-    def refresh_sizes(self) -> None:
-        """Set num_embeddings and embedding_dim to those of the weight."""
-        self.num_embeddings, self.embedding_dim = self.weight.shape
 
     def forward(self, input: Tensor) -> Tensor:
         tp: EmbeddingOptions = self._tp

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.parallel import DistributedDataParallel
 
 from autotp.errors import AutoTPError
@@ -30,7 +31,7 @@ from autotp.runtime import wire
 from autotp.runtime.group import get_group
 from autotp.runtime.ops import all_reduce
 from autotp.runtime.sharded_gradient import ATTRIBUTE as SHARES
-from autotp.runtime.sharded_gradient import GradientShare, fully_sharded_parameters, share_gradient
+from autotp.runtime.sharded_gradient import GradientShare, share_gradient
 from autotp.runtime.wire import narrow_runs
 
 Part = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -219,13 +220,9 @@ def _follow(module: nn.Module, args: Any) -> None:
 
 
 def follow_gradients(model: nn.Module) -> None:
-    """From now on, before each forward of the whole ``model`` that may be trained, see to it that its sums and
-    shares of gradients are on the parameters that are there then.
+    """Before a forward of the whole ``model`` that may be trained: see to it that its sums and shares of gradients are
+    on the parameters that are there then.
     """
-    model.register_forward_pre_hook(_follow_all)
-
-
-def _follow_all(model: nn.Module, args: Any) -> None:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     ddp = DistributedDataParallel._active_ddp_module
@@ -244,9 +241,11 @@ def _follow_all(model: nn.Module, args: Any) -> None:
     fully_sharded: dict[tuple[int, str], Tensor] | None = None
     for module in followed:
         if _ATTRIBUTE in module.__dict__:
-            _follow(module, args)
+            _follow(module, ())
         for name, share in module.__dict__.get(SHARES, {}).items():
             parameter = module._parameters.get(name)
+            if share.moved and share.handle is None and share.parameter.requires_grad:  # it was frozen
+                share.move(share.parameter)
             if (
                 parameter is None
                 or share.moved
@@ -262,6 +261,27 @@ def _follow_all(model: nn.Module, args: Any) -> None:
                     continue
             if parameter.requires_grad and parameter.is_leaf:
                 share_gradient(module, name, share.share)
+
+
+def fully_sharded_parameters(model: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """What FSDP2 trains in place of each parameter, by the id of its module and its own name.
+
+    FSDP2 may have been given the model, parts of it, or what the model is in.
+    """
+    inside = {id(module) for module in model.modules()}
+    found: dict[tuple[int, str], Tensor] = {}
+    for module in list(_module_state_mapping):
+        state: Any = getattr(module, "_get_fsdp_state", None)
+        for group in state()._fsdp_param_groups if state is not None else ():
+            for parameter in group.fsdp_params:
+                at = parameter._module_info
+                for owner, name in (
+                    (at.module, at.param_name),
+                    *zip(at.shared_modules, at.shared_param_names, strict=True),
+                ):
+                    if id(owner) in inside:
+                        found[id(owner), name] = parameter.sharded_param
+    return found
 
 
 def _check_other_ranks(modules: list[nn.Module], ddp: DistributedDataParallel) -> None:
@@ -285,6 +305,14 @@ def stop_gradient_sync(module: nn.Module, name: str) -> None:
     sums = module.__dict__.get(_ATTRIBUTE, {})
     if name in sums:
         sums.pop(name).remove()
+
+
+def forget_gradients(module: nn.Module) -> None:
+    """Undo what was done about the gradients of a module's own parameters."""
+    for name in (_ATTRIBUTE, SHARES):
+        for followed in module.__dict__.pop(name, {}).values():
+            followed.remove()
+    module.__dict__.pop(_FOLLOWED, None)
 
 
 def gradient_syncs(model: nn.Module) -> dict[str, tuple[str, Part | None]]:

@@ -8,7 +8,7 @@ any other collective of a step, though a cross-entropy needs three numbers a tok
     casts, views, slices of the other dims       give another `LazyGather`; nothing moves
     whatever else                                gathers, once, and works on the whole tensor
 
-When the model returns, its outputs are gathered (`settle_outputs`), unless it has computed a loss of parts, or the
+When the model returns, its outputs are gathered (`settle`), unless it has computed a loss of parts, or the
 caller will (under `loss_parallel`). Then they stay as they are: ``out.logits`` is gathered if it is looked at, which
 is a collective that every rank has to take part in.
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from autotp.errors import AutoTPError
@@ -365,27 +365,16 @@ def loss_parallel() -> Iterator[None]:
         _keep -= 1
 
 
-class _Settle:
-    """Before and after a forward of the whole model: what it returns is gathered, unless it has computed a loss."""
-
-    def __init__(self) -> None:
-        self.losses = 0
-
-    def begin(self, model: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.losses = _losses
-
-    def end(self, model: nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling() or _keep or self.losses != _losses:
-            return output
-        return _settled(output)
+def losses() -> int:
+    """How many losses have been computed from parts so far; within a compiled graph nobody counts."""
+    return 0 if torch.compiler.is_compiling() else _losses
 
 
-def settle_outputs(model: nn.Module) -> None:
-    """From now on what ``model`` returns is gathered, unless a loss has been computed from parts."""
-    settle = _Settle()
-    model.register_forward_pre_hook(settle.begin)
-    model.register_forward_hook(settle.end)
+def settle(output: Any, before: int) -> Any:
+    """What the whole model returns, gathered, unless it has computed a loss since there were ``before`` of them."""
+    if torch.compiler.is_compiling() or _keep or before != _losses:
+        return output
+    return _settled(output)
 
 
 def _settled(value: Any) -> Any:

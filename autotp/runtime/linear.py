@@ -37,7 +37,9 @@ class LinearOptions:
 
 
 class ShardedLinear(Sharded, nn.Linear):
-    """``nn.Linear`` on this rank's rows or columns of the weight."""
+    """``nn.Linear`` on this rank's rows or columns of the weight. ``in_features`` and ``out_features`` go on saying the
+    whole: adapters are made by them.
+    """
 
     _tp: LinearOptions
 
@@ -46,11 +48,6 @@ class ShardedLinear(Sharded, nn.Linear):
         """Make ``module``, whose parameters are local already, a sharded one. Changes it in place."""
         check_swappable(module, nn.Linear.forward, ("weight", "bias"))
         become(module, ShardedLinear, options)
-        ShardedLinear.refresh_sizes(module)  # type: ignore[arg-type]
-
-    def refresh_sizes(self) -> None:
-        """Set in_features and out_features to those of the weight."""
-        self.out_features, self.in_features = self.weight.shape
 
     def forward(self, input: Tensor) -> Tensor:
         return _forward(input, self.weight, self.bias, self._tp)
@@ -64,8 +61,6 @@ class ShardedTransposedLinear(Sharded):
     _tp: LinearOptions
     weight: Tensor
     bias: Tensor | None
-    nf: int
-    nx: int
 
     @staticmethod
     def swap(module: nn.Module, options: LinearOptions) -> None:
@@ -78,13 +73,6 @@ class ShardedTransposedLinear(Sharded):
         if weight is None or weight.dim() != 2 or not isinstance(getattr(module, "nf", None), int):
             raise RewriteError(f"{type(module).__qualname__} is no linear layer with a transposed weight.")
         become(module, ShardedTransposedLinear, options)
-        ShardedTransposedLinear.refresh_sizes(module)  # type: ignore[arg-type]
-
-    def refresh_sizes(self) -> None:
-        """Set nf, and nx where there is one, to those of the weight."""
-        if hasattr(self, "nx"):
-            self.nx = self.weight.shape[0]
-        self.nf = self.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return _forward(x, self.weight.t(), self.bias, self._tp)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autotp.errors import RankMismatchError
+from autotp.errors import AutoTPError, RankMismatchError
 from autotp.runtime.group import register_group, register_subgroups
 
 _count = itertools.count()
+_meshes: dict[str, DeviceMesh] = {}
 
 
 def default_mesh(device: torch.device | str | None) -> DeviceMesh:
@@ -46,12 +47,24 @@ def connect(mesh: DeviceMesh, parts_by_name: Mapping[str, tuple[tuple[int, ...],
     ``parts_by_name`` names groups under the prefix ''; ranks in the parts are places in the mesh.
     """
     prefix = f"autotp{next(_count)}"
+    _meshes[prefix] = mesh
     for name, parts in sorted(parts_by_name.items()):  # every rank makes the same groups in the same order
         if len(parts) == 1:
             register_group(prefix + name, mesh.get_group())
         else:
             register_subgroups(prefix + name, _in_world(mesh, parts))
     return prefix
+
+
+def mesh_of(prefix: str) -> DeviceMesh:
+    """The mesh that was connected under this prefix.
+
+    Raises:
+        AutoTPError: in another process, say.
+    """
+    if prefix not in _meshes:
+        raise AutoTPError("this model was sharded in another process, whose device mesh is not known here.")
+    return _meshes[prefix]
 
 
 def _in_world(mesh: DeviceMesh, parts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
@@ -68,7 +81,7 @@ class Verdict:
     """What one rank tells the others before anything is changed.
 
     Attributes:
-        stage: ``"attempt"`` of a rewriting, or ``"end"`` of planning.
+        stage: ``"start"`` of planning anew, ``"attempt"`` of a rewriting, or ``"end"`` of planning.
         fingerprint: of its model and plan, None where it has none.
         failure: why it cannot plan at all.
         error: (text, module, keys) of a `RewriteError`, after which all plan once more without what was in the way.

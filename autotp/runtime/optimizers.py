@@ -39,6 +39,11 @@ def sharded(local: Tensor, fqn: str) -> None:
     setattr(local, _SHARDED, fqn)
 
 
+def unsharded(parameter: Tensor) -> None:
+    """``parameter`` is whole again."""
+    parameter.__dict__.pop(_SHARDED, None)
+
+
 def watch_optimizers() -> None:
     """Look at every optimizer's steps from now on (again: no change)."""
     global _watching

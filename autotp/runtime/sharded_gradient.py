@@ -371,7 +371,8 @@ class GradientShare:
         self.remove()
         _mark_as(parameter, self.parameter)
         self.parameter, self.moved = parameter, True
-        self.handle = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
+        if parameter.requires_grad:
+            self.handle = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Mark no longer."""
@@ -414,22 +415,6 @@ def _of_chunk(share: Share, gradient: Any) -> Share:
     ]
     kept = [(start - low, stop - start) for start, stop in runs if start < stop]
     return Share(share.group, (0, tuple(start for start, _ in kept), tuple(n for _, n in kept)))
-
-
-def fully_sharded_parameters(model: nn.Module) -> dict[tuple[int, str], Tensor]:
-    """What FSDP2 trains in place of each parameter, by the id of its module and its own name."""
-    found: dict[tuple[int, str], Tensor] = {}
-    for module in model.modules():
-        state: Any = getattr(module, "_get_fsdp_state", None)
-        for group in state()._fsdp_param_groups if state is not None else ():
-            for parameter in group.fsdp_params:
-                at = parameter._module_info
-                for owner, name in (
-                    (at.module, at.param_name),
-                    *zip(at.shared_modules, at.shared_param_names, strict=True),
-                ):
-                    found[id(owner), name] = parameter.sharded_param
-    return found
 
 
 ATTRIBUTE = "_tp_gradient_shares"

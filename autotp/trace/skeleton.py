@@ -7,6 +7,7 @@ tensors, for code that reads them (index tables).
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,17 @@ def skeleton(model: nn.Module, switch: Switch = DEFAULT) -> nn.Module:
 
     `switch` says which kernels it runs in place of those that a CPU cannot trace.
     """
-    memo: dict[int, Any] = {}
+    bare = weightless_copy(model)
+    make_traceable(bare, switch)
+    return bare
+
+
+def weightless_copy(model: nn.Module, known: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
+    """A structural copy of `model` without its weights, that calls the kernels that `model` calls.
+
+    `known` has what is to stand for a tensor, by its id, where that is no empty one of the same shape.
+    """
+    memo: dict[int, Any] = dict(known or {})
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
@@ -35,7 +46,6 @@ def skeleton(model: nn.Module, switch: Switch = DEFAULT) -> nn.Module:
         bare: nn.Module = copy.deepcopy(model, dict(memo))
     except Exception:  # something in it does not copy (a lock, a process group): share that
         bare = _copy_module(model, memo)
-    make_traceable(bare, switch)
     return bare
 
 

@@ -231,12 +231,16 @@ def test_a_plan_for_more_ranks_than_there_are(dist: Pool) -> None:
 def sharded_twice() -> str:
     case = MODELS["mlp"]
     model = autotp.parallelize(case.build(), example_inputs=case.inputs())
-    return refused(model, AutoTPError, lambda: autotp.parallelize(model, example_inputs=case.inputs()))
+    held = list(model.parameters())
+    assert autotp.parallelize(model, example_inputs=case.inputs()) is model  # planned anew, which changes nothing
+    assert all(a is b for a, b in zip(model.parameters(), held, strict=True))
+    other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))["tp"]
+    return refused(model, AutoTPError, lambda: autotp.parallelize(model, other))
 
 
 def test_sharding_twice(dist: Pool) -> None:
     for text in dist.run(2, sharded_twice):
-        assert "already" in text
+        assert "already, over ranks (0, 1)" in text
 
 
 def alone() -> bool:
