@@ -345,7 +345,7 @@ def test_images_beside_text() -> None:
     assert scenarios(several)[0].kwargs["pixel_values"].shape == (2, 1, 3, 12, 12)
     given = scenarios(tiles)[0].kwargs
     assert given["pixel_values"].shape == (2, 3, 3, 12, 12)  # two tiles, and the image
-    assert (given["input_ids"] == 30).sum(1).tolist() == [24] * 2  # 9 of the image, 3 lines of tiles without what pads them
+    assert (given["input_ids"] == 30).sum(1).tolist() == [24] * 2
 
 
 def test_a_decoder_by_itself_is_traced_with_states_to_look_at_and_without() -> None:
