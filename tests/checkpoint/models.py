@@ -128,7 +128,7 @@ def planned_once(name: str) -> Iterator[None]:
                 _plans[name, tp] = prepare(model, tp, **options)
         return _plans[name, tp]
 
-    with mock.patch("autotp.api.prepare", once), mock.patch("autotp.checkpoint.offline.prepare", once):
+    with mock.patch("autotp.carry.prepare", once), mock.patch("autotp.checkpoint.offline.prepare", once):
         yield
 
 
