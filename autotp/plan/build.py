@@ -16,12 +16,13 @@ from ..axes.layout import Partition, common_parts, local_shape
 from ..axes.term import Atom, Dim, show
 from ..trace.fold import Folds
 from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
+from .communication import is_loss_of_parts
 from .letters import letters
 from .names import fold
 from .placement import Uses
 from .plan import Axis, Collective, Entry, Plan
 from .planner import Choice
-from .reductions import is_loss_of_parts, nbytes
+from .price import nbytes
 
 
 def build_plan(

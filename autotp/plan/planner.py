@@ -33,7 +33,9 @@ from ..axes.analysis import Analysis
 from ..axes.term import Atom, Dim
 from ..errors import PlanError
 from .candidates import Candidate, atoms_of, candidates, conflicts, sharded_share
-from .reductions import ANYWHERE, Communication, Flow, Places, nbytes
+from .communication import ANYWHERE, Communication, Places
+from .price import nbytes
+from .reductions import Flow
 from .repair import Refusals, repaired
 
 #: Share of the sharded weight bytes that may be given up for less communication.

@@ -16,36 +16,30 @@ Partial too. So the forward is cut in several ways (`WAYS`), the backward after 
 
 **Conversions** are fixed by the axes: where producer and use of a value disagree it is gathered or sliced.
 
-Costs are in units of bytes × (tp−1)/tp that a ring moves per rank: an all-reduce of *n* bytes counts 2·n,
-an all-gather n (Patarasuk and Yuan 2009), each `START_BYTES` more for its latency.
+`price` says what each costs.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
-from ..axes.layout import Partition, common_parts
-from ..axes.term import Atom, Cat, Dim
+from ..axes.layout import Partition
+from ..axes.term import Atom, Dim
 from ..errors import PlanError
-from ..trace.graph import Trace
+from ..trace.differentiable import differentiable
 from .candidates import Candidate, atoms_of, sharded_share
+from .communication import ANYWHERE, Communication, Conversion, Edge, Places
 from .cut import Cache, VertexCut
+from .parts import covers, is_disjoint, sliced_alike, sums_once
+from .price import FINE, START_BYTES, TOKENS, all_gather_cost, all_reduce_cost, nbytes
 
-#: Costs are counted in 1/FINE bytes, so that among equals a hook goes before a patch of the user's source.
-FINE = 64
-#: The traced batch stands for so many times as many tokens: a sum once a step weighs that much less than
-#: activations do.
-TOKENS = 128
-#: What it costs to start a collective, as bytes at the traced batch: about 10 µs at 100 GB/s, 14 tokens standing
-#: for 2,048.
-START_BYTES = 8192
 #: Ways to cut the forward, the plainest first: whole addends masked or not, Partials through products or not, and then
 #: as late as can be among equals, which makes the other factor's gradient Partial where others of it are Partial too.
 WAYS = tuple(
@@ -58,80 +52,6 @@ FREEST = (True, True, False)
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
-    """Operand number ``operand`` of the op at node ``consumer``, made by ``producer``."""
-
-    producer: fx.Node
-    consumer: fx.Node
-    operand: int
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """An operand is gathered (``"gather"``) or sliced for free (``"take"``) along ``dim``.
-
-    ``consumer`` is None where the op's own output is sliced (it was computed whole), or a model output gathered.
-    """
-
-    kind: str
-    producer: fx.Node
-    consumer: fx.Node | None
-    operand: int
-    dim: int
-    axes: Dim
-    cost: int
-
-
-def is_loss_of_parts(conversion: Conversion) -> bool:
-    """Whether a gather is for a cross-entropy over the sharded classes, which is computed from the ranks' parts."""
-    node, axes = conversion.consumer, conversion.axes
-    if conversion.kind != "gather" or node is None or conversion.operand != 0:
-        return False
-    if str(node.target) != "aten.cross_entropy_loss.default" or len(axes) != 1 or not isinstance(axes[0], Atom):
-        return False
-    logits, target = (arg.meta["val"] for arg in node.args[:2] if isinstance(arg, fx.Node))
-    return conversion.dim == min(1, logits.dim() - 1) and not target.is_floating_point()
-
-
-@dataclass(frozen=True, slots=True)
-class Communication:
-    """Everything that moves, for one choice of axes.
-
-    Attributes:
-        reduce: values that are all-reduced in the forward.
-        masked: operands that are whole but join a Partial sum: they count on one rank only.
-        partial: values that are Partial on each rank (before the reduce, where there is one).
-        enter: value → the uses that share one gradient all-reduce.
-        close: ops on gathered operands whose result is sliced again: between op and slice the gradient is made whole.
-        unsummed: values whose gradient is still a part of it on each rank when it goes on backwards.
-        sync: parameters whose gradient is summed after the backward (over ranks that hold the same slice).
-        conversions: gathers and slices.
-        cost_bytes: ring bytes of all of it; ``collectives``: how many.
-    """
-
-    reduce: frozenset[fx.Node] = frozenset()
-    masked: frozenset[Edge] = frozenset()
-    partial: frozenset[fx.Node] = frozenset()
-    enter: dict[fx.Node, tuple[Edge, ...]] = field(default_factory=dict)
-    close: frozenset[fx.Node] = frozenset()
-    unsummed: frozenset[fx.Node] = frozenset()
-    sync: frozenset[fx.Node] = frozenset()
-    conversions: tuple[Conversion, ...] = ()
-    cost_bytes: int = 0
-    collectives: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Which collectives the rewriter can put where, and how willingly (0: a hook; 1: a patch of the source)."""
-
-    reduce: Callable[[fx.Node], int | None]
-    enter: Callable[[fx.Node], int | None]
-    mask: Callable[[Edge], bool]
-    contract: Callable[[fx.Node], bool]
-
-
-@dataclass(frozen=True, slots=True)
 class Forward:
     """One way to sum in the forward: where, what stays Partial (before a sum, too), what is masked, at what cost."""
 
@@ -139,11 +59,6 @@ class Forward:
     partial: frozenset[fx.Node] = frozenset()
     masked: frozenset[Edge] = frozenset()
     cost: int = 0
-
-
-ANYWHERE = Places(
-    reduce=lambda node: 0, enter=lambda node: 0, mask=lambda edge: True, contract=lambda node: True
-)
 
 
 class Flow:
@@ -298,7 +213,7 @@ class Flow:
             return
         if has:
             yield Conversion(
-                "gather", producer, consumer, i, d, have, FINE * (nbytes(producer) + START_BYTES)
+                "gather", producer, consumer, i, d, have, all_gather_cost(producer)
             )
         if wants:
             yield Conversion("take", producer, consumer, i, d, want, 0)
@@ -525,56 +440,6 @@ class Flow:
         return FINE * (int(2 * nbytes(param) * common) + START_BYTES) // TOKENS
 
 
-def sliced_alike(a: Dim, b: Dim, sharded: frozenset[Atom]) -> bool:
-    """Whether a rank's slices of two dims are the same elements, whatever the axes that are whole are called.
-
-    A group norm takes channels ``H·D`` as ``H·d``, with a d that it needs whole: over H they are sliced alike.
-    """
-    return a == b or _cut_by(a, sharded) == _cut_by(b, sharded)
-
-
-def _cut_by(dim: Dim, sharded: frozenset[Atom]) -> tuple[object, ...]:
-    """The dim as a product of sharded axes, concatenations that hold some, and sizes of all else."""
-    found: list[object] = []
-    for factor in dim:
-        if isinstance(factor, Cat) and sharded & frozenset(atoms_of([(factor,)])):
-            found.append(tuple(_cut_by(part, sharded) for part in factor.parts))
-        elif isinstance(factor, Atom) and factor in sharded:
-            found.append(factor)
-        elif found and isinstance(found[-1], int):
-            found[-1] *= factor.size
-        else:
-            found.append(factor.size)
-    return tuple(found)
-
-
-def is_disjoint(dims: tuple[Dim, ...], sharded: frozenset[Atom], pairs: dict[Atom, Atom]) -> bool:
-    """Whether each element of a value with these dims lies on exactly one rank.
-
-    ``pairs`` maps the outer to the inner axis of nested candidates: only together do they tell ranks apart.
-    """
-    single = sharded - set(pairs) - set(pairs.values())
-    if any(covers(dim, single) for dim in dims):
-        return True
-    return any(
-        any(covers(dim, single | {outer}) for dim in dims)
-        and any(covers(dim, single | {inner}) for dim in dims)
-        for outer, inner in pairs.items()
-    )
-
-
-def sums_once(dims: tuple[Dim, ...], partition: Partition) -> bool:
-    """Whether the gradient of a parameter with these dims can be summed in one group of ranks each.
-
-    One key head for two query heads of 4 over 3 ranks: elements 0:2, 2:4 and 0:4, of which no two ranks are one group.
-    """
-    try:
-        common_parts(dims, partition, 0)
-    except ValueError:
-        return False
-    return True
-
-
 def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
     found = set(atoms_of(info.contracted))
     for operand in info.operands:
@@ -584,17 +449,6 @@ def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
     return frozenset(found)
 
 
-def covers(dim: Dim, sharded: frozenset[Atom]) -> bool:
-    """Whether each element of ``dim`` lies on one rank only: no part of a Cat stays whole."""
-    for factor in dim:
-        if isinstance(factor, Atom):
-            if factor in sharded:
-                return True
-        elif all(covers(part, sharded) for part in factor.parts):
-            return True
-    return False
-
-
 def _storages(node: fx.Node) -> set[int]:
     """The memory of a value, as the trace's tensors know it."""
     value = node.meta.get("val")
@@ -602,37 +456,7 @@ def _storages(node: fx.Node) -> set[int]:
     return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 
-def has_gradient(node: fx.Node) -> bool:
-    """Whether a value can have a gradient: real and complex numbers."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
-
-
-def differentiable(trace: Trace) -> frozenset[fx.Node]:
-    """Values with a gradient: what depends on a parameter or a float input through float values that nobody
-    detached."""
-    found = {node for fqn, node in trace.params.items() if fqn not in trace.is_buffer and has_gradient(node)}
-    found |= {port.node for port in trace.inputs if has_gradient(port.node)}
-    for node in trace.graph.nodes:
-        if node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
-            if has_gradient(node) and not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
-    return frozenset(found)
-
-
-def all_reduce_cost(node: fx.Node) -> int:
-    return FINE * (2 * nbytes(node) + START_BYTES)
-
-
 def _dtype(node: fx.Node) -> object:
     value: Any = node.meta.get("val")
     values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
     return next((v.dtype for v in values if hasattr(v, "dtype")), None)
-
-
-def nbytes(node: fx.Node) -> int:
-    """Bytes of the (unsharded) value that ``node`` makes."""
-    value: Any = node.meta.get("val")
-    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else [value]
-    return sum(v.numel() * v.element_size() for v in values if hasattr(v, "numel"))

@@ -16,7 +16,8 @@ from torch import fx
 from ..axes.analysis import Analysis
 from ..axes.term import Atom, Cat, Dim
 from .candidates import atoms_of
-from .reductions import Flow, covers, sliced_alike
+from .parts import covers, sliced_alike
+from .reductions import Flow
 
 
 @dataclass(slots=True, eq=False)

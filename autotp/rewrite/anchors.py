@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from ..plan.reductions import Edge, Places
+from ..plan.communication import Edge, Places
 from ..trace.graph import Call, ModuleCall, Path, Site, Trace
 
 LeafKind = Literal["linear", "conv1d", "embedding", "attention", "conv"]

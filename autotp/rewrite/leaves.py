@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..plan.reductions import Edge
+from ..plan.communication import Edge
 from ..trace.graph import ModuleCall, Path
 from .values import Steps, Value, dimless, op_name, plain, shape_of, show_steps, step_of
 from .wanted import local_args

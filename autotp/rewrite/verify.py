@@ -28,15 +28,17 @@ from torch import fx
 from ..axes.analysis import Analysis
 from ..axes.term import atoms_of, size_of
 from ..errors import VerifyError
+from ..plan.communication import Edge
 from ..plan.planner import Choice
-from ..plan.reductions import Edge, differentiable
 from ..runtime.gradients import gradient_syncs
 from ..runtime.lookup import local_row
+from ..trace.differentiable import differentiable
 from ..trace.graph import ModuleCall, Trace
 from .anchors import Anchors
 from .bind import Rank, describe, group_name
 from .leaves import Differs, LeafInside
-from .program import Program, planned_steps, sharded_parameters
+from .planned import planned_steps, sharded_parameters
+from .program import Program
 from .steps import Mask, Step
 from .values import (
     Shape,

@@ -18,12 +18,15 @@ from ..axes.layout import Partition
 from ..axes.term import Atom, Cat, Dim
 from ..errors import PlanError, RewriteError
 from ..plan.candidates import Candidate, atoms_of
+from ..plan.communication import Places
 from ..plan.planner import Choice
-from ..plan.reductions import FINE, Flow, Places
+from ..plan.price import FINE
+from ..plan.reductions import Flow
 from ..trace.graph import Trace
 from .anchors import Anchors, Boundary
 from .bind import Rank, describe
-from .program import Program, Wrap, compile_program
+from .compile import compile_program
+from .program import Program, Wrap
 from .steps import AllReduce, Enter, Gather, Mask, Scale, Step, Take
 
 #: What a gradient sum at a place of its own costs a scenario: less than a byte, to tell equal places apart.

@@ -9,7 +9,7 @@ from autotp.runtime.attention import (
 from autotp.runtime.conv import ConvOptions, ShardedConv
 from autotp.runtime.edges import Enter, Gather, SharedEnter, Take
 from autotp.runtime.embedding import EmbeddingOptions, ShardedEmbedding
-from autotp.runtime.gradients import GradSync, refresh_gradient_syncs, stop_gradient_sync, sync_gradient
+from autotp.runtime.gradients import GradSync, sync_gradient
 from autotp.runtime.group import (
     Group,
     get_group,
@@ -54,13 +54,11 @@ __all__ = [
     "mask",
     "pretend_group",
     "record_collectives",
-    "refresh_gradient_syncs",
     "register_group",
     "register_subgroups",
     "set_parameter",
     "sharded_rng",
     "slice_parameter",
-    "stop_gradient_sync",
     "sync_gradient",
     "take",
     "take_runs",

@@ -201,7 +201,7 @@ def _follow(module: nn.Module, args: Any) -> None:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     in_ddp = DistributedDataParallel._active_ddp_module is not None
-    for name, sync in module.__dict__[_ATTRIBUTE].items():
+    for name, sync in module.__dict__.get(_ATTRIBUTE, {}).items():
         parameter = module._parameters.get(name)
         if parameter is None or hasattr(
             parameter, "_local_tensor"
@@ -300,13 +300,6 @@ def _check_other_ranks(modules: list[nn.Module], ddp: DistributedDataParallel) -
         )
 
 
-def stop_gradient_sync(module: nn.Module, name: str) -> None:
-    """Undo ``sync_gradient``."""
-    sums = module.__dict__.get(_ATTRIBUTE, {})
-    if name in sums:
-        sums.pop(name).remove()
-
-
 def forget_gradients(module: nn.Module) -> None:
     """Undo what was done about the gradients of a module's own parameters."""
     for name in (_ATTRIBUTE, SHARES):
@@ -322,20 +315,3 @@ def gradient_syncs(model: nn.Module) -> dict[str, tuple[str, Part | None]]:
         for name, sync in module.__dict__.get(_ATTRIBUTE, {}).items():
             found[f"{fqn}.{name}" if fqn else name] = (sync.group, sync.part)
     return found
-
-
-def refresh_gradient_syncs(model: nn.Module) -> int:
-    """Move each sum to the parameter that is there now; the number of those that had lost theirs.
-
-    For after a parameter object was replaced (``to_empty`` from the meta device,
-    ``load_state_dict(assign=True)``) or ``requires_grad`` was switched on.
-    """
-    moved = 0
-    for module in model.modules():
-        for name, sync in list(module.__dict__.get(_ATTRIBUTE, {}).items()):
-            parameter = module._parameters[name]
-            stale = parameter is not sync.parameter or (parameter.requires_grad and not sync.active)
-            if stale:
-                sync_gradient(module, name, sync.group, sync.part)
-                moved += 1
-    return moved

@@ -203,8 +203,7 @@ class Recorder(TorchFunctionMode):
         value = self._known_value(tensor)
         if value is None or not self._is_given(tensor):
             return value
-        whole = func is torch.Tensor.__int__ or not value.is_floating_point()
-        if value.dtype == torch.bool or not whole or func is torch.Tensor.__bool__:
+        if value.dtype == torch.bool or value.is_floating_point() or func is torch.Tensor.__bool__:
             return None
         inner = self.running[-1] if self.running else _Running("", None)
         frames = frames_to(frame, inner.code, _CALL_MODULE_CODE)

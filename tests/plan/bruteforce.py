@@ -29,8 +29,9 @@ from torch import fx
 from autotp.axes.analysis import Analysis
 from autotp.axes.dim import Atom, Cat, Dim
 from autotp.plan.candidates import Candidate
+from autotp.plan.communication import Edge
 from autotp.plan.planner import Choice
-from autotp.plan.reductions import FINE, START_BYTES, TOKENS, Edge
+from autotp.plan.price import FINE, START_BYTES, TOKENS
 
 
 class Impossible(Exception):

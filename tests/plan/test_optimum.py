@@ -14,9 +14,10 @@ from autotp.axes.analysis import Analysis
 from autotp.errors import PlanError
 from autotp.plan import reductions
 from autotp.plan.candidates import Candidate, candidates, conflicts
+from autotp.plan.communication import Communication
 from autotp.plan.cut import VertexCut
 from autotp.plan.planner import TOLERANCE, Choice, choose
-from autotp.plan.reductions import Communication, Flow
+from autotp.plan.reductions import Flow
 from tests.plan.bruteforce import Answer, Impossible, Ranks, check_valid, legal, maximal_sets, weight_bytes
 from tests.plan.nets import Net, analysed, draw, seeded
 
