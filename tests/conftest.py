@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -26,3 +27,7 @@ def dist() -> Iterator[Pool]:
     pool = shared()
     yield pool
     pool.close()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay; collections need not look at them

@@ -150,7 +150,10 @@ class Anchors:
     def boundaries_before(
         self, node: fx.Node, users: Iterable[fx.Node], others: Iterable[fx.Node]
     ) -> list[Boundary]:
-        """The arguments of one module through which all ``users`` and none of ``others`` get the value; else []."""
+        """The arguments of one module through which all ``users`` and none of ``others`` get the value; else [].
+
+        A module that hands the value on as well is none where it is used elsewhere: that might be behind it.
+        """
         users, others = list(users), list(others)
 
         def inside(call: ModuleCall, user: fx.Node) -> bool:
@@ -159,6 +162,8 @@ class Anchors:
         for call, _ in self._plain_first(self.inputs[node]):
             found = [Boundary(c.fqn, "in", path) for c, path in self.inputs[node] if c is call]
             if not self.barred.isdisjoint(found):
+                continue
+            if any(c is call for c, _ in self.outputs[node]) and not all(inside(call, u) for u in node.users):
                 continue
             if all(inside(call, u) for u in users) and not any(inside(call, o) for o in others):
                 return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import pickle
@@ -34,6 +35,7 @@ def serve(connection: Connection, stacks: str) -> None:
     """Do jobs until the other end of the connection goes away."""
     import torch
 
+    gc.freeze()  # the libraries stay; collections need not look at them
     torch.set_num_threads(1)
     warnings.filterwarnings(
         "error", message=r".*torch\.distributed.*"
@@ -85,6 +87,8 @@ def _clean_up() -> None:
     torch._dynamo.reset() if "torch._dynamo" in sys.modules else None
     if (groups := sys.modules.get("autotp.runtime.group")) is not None:
         groups._groups.clear()
+    if (meshes := sys.modules.get("autotp.runtime.mesh")) is not None:
+        meshes._meshes.clear()  # each keeps a process group, whose thread polls
 
 
 def _find(module: str, file: str, qualname: str) -> Callable[..., Any]:

@@ -153,6 +153,35 @@ class Counted(nn.Module):
         return self.head(inward.masked_scatter(real.unsqueeze(-1), features))
 
 
+class Attends(nn.Module):
+    """Uses a bias, or makes one, and hands it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, 24) for _ in range(3))
+        self.out = nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
+        if bias is None:
+            bias = torch.ones(1, 6, x.shape[1], x.shape[1], dtype=x.dtype).tril()
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)), bias
+
+
+class HandsOn(nn.Module):
+    """The first layer's bias is every layer's, and comes to each through the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attends() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for layer in self.layers:
+            x, bias = layer(x, bias)
+        return x
+
+
 CASES = {
     "positions": (Positions, WIDTH),
     "mixed positions": (lambda: Positions(mixed=True), WIDTH),
@@ -164,6 +193,7 @@ CASES = {
     "branch": (Branch, WIDTH),
     "kept": (Kept, 7),
     "counted": (Counted, WIDTH),
+    "handed on": (HandsOn, WIDTH),
 }
 
 
@@ -209,6 +239,11 @@ def test_a_bias_is_added_after_the_sum() -> None:
     assert [(c.where, c.op) for c in plan.collectives if c.phase == "forward"] == [("down", "linear")]
 
 
+def test_a_value_that_modules_hand_on_is_cut_where_it_is_used() -> None:
+    plan = autotp.plan(build("handed on"), 3, example_inputs=example("handed on", 3, 5))
+    assert plan.notes == () and not [c for c in plan.collectives if c.kind == "all_gather"]
+
+
 class Uneven(nn.Module):
     """Two query heads of one key head over three ranks: its elements are on the first two, and all on the third."""
 
@@ -231,3 +266,38 @@ def test_ranks_with_parts_in_common_in_several_ways_are_not_planned() -> None:
     for verify in (False, True):
         plan = autotp.plan(Uneven(), 3, example_inputs=(torch.zeros(2, 5, 12),), verify=verify)
         assert plan.sharded_bytes > 0
+
+
+class Bounded(nn.Module):
+    """Looks at every element of what is sharded."""
+
+    def __init__(self, smallest: bool) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        torch._check_tensor_all((hidden.amin(-1) if self.smallest else hidden) > -30, lambda: "out of bounds")
+        return self.down(hidden)
+
+
+def bounded(smallest: bool, place: int | None) -> str:
+    torch.manual_seed(0)
+    model = Bounded(smallest).double()
+    if place is not None:
+        model.up.bias.data[place] = -50
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    autotp.parallelize(model, example_inputs=(x,))
+    assert model.up.weight.shape[0] == 12
+    try:
+        model(x)
+    except RuntimeError as error:
+        return str(error)
+    return "passed"
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize(("place", "expected"), [(None, "passed"), (3, "out of bounds"), (20, "out of bounds")])
+def test_every_rank_checks_all_values(dist: Pool, smallest: bool, place: int | None, expected: str) -> None:
+    assert dist.run(2, bounded, smallest, place) == [expected, expected]
