@@ -19,6 +19,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 import pytest
 
 from tests.dist.pool import Pool, shared
+from tests.dist.worker import COLLECT_AFTER
+
+gc.set_threshold(COLLECT_AFTER)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +30,3 @@ def dist() -> Iterator[Pool]:
     pool = shared()
     yield pool
     pool.close()
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # modules and tests stay; collections need not look at them

@@ -20,6 +20,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+#: New objects between two collections of garbage: a trace makes many that stay, and collections look at all of them.
+COLLECT_AFTER = 20_000
+
 
 @dataclass
 class Outcome:
@@ -35,7 +38,7 @@ def serve(connection: Connection, stacks: str) -> None:
     """Do jobs until the other end of the connection goes away."""
     import torch
 
-    gc.freeze()  # the libraries stay; collections need not look at them
+    gc.set_threshold(COLLECT_AFTER)
     torch.set_num_threads(1)
     warnings.filterwarnings(
         "error", message=r".*torch\.distributed.*"
