@@ -18,7 +18,7 @@ from autotp.api import carry_out
 from autotp.axes.layout import slice_tensor
 from autotp.errors import AutoTPError
 from autotp.prepare import Prepared, prepare
-from autotp.rewrite.state import sharding_of
+from autotp.rewrite.state import Asked, sharding_of
 from autotp.runtime.mesh import default_mesh
 from autotp.runtime.sharded_gradient import local_gradient
 
@@ -77,7 +77,7 @@ def examine(name: str, cls: Any, tp: int, options: Mapping[str, Any], plan: bool
 def shard(subject: Subject) -> nn.Module:
     """The model on this rank, as planned."""
     assert subject.prepared is not None
-    return carry_out(copy.deepcopy(subject.reference), default_mesh(None), subject.prepared)
+    return carry_out(copy.deepcopy(subject.reference), default_mesh(None), subject.prepared, Asked())
 
 
 def compare(

@@ -7,6 +7,11 @@ generates. `tests/e2e/test_models.py` looks closer, at other ones (GPT-J, T5 and
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +19,8 @@ import autotp
 from benchmarks.zoo.compare import Result, compare
 from benchmarks.zoo.configs import architectures, build
 from tests.dist.pool import Pool
+
+ROOT = Path(__file__).parents[2]
 
 #: task → what is particular about which architecture
 SUBSET: dict[str, dict[str, str]] = {
@@ -52,3 +59,15 @@ def run_one(task: str, name: str) -> Result:
 def test_exact(dist: Pool, task: str, name: str) -> None:
     for result in dist.run(2, run_one, task, name):
         assert result.kind == "exact", (result.kind, result.weights, result.reason)
+
+
+def test_the_sweep(tmp_path: Path) -> None:
+    """As anyone runs it: a process for each model and rank, a table, a file."""
+    out = tmp_path / "zoo.json"
+    command = [sys.executable, "-m", "benchmarks.zoo", "--task", "image", "--only", "dinov2", "--json", str(out)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # from a checkout
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(out.read_text())["results"]
+    assert (result["name"], result["kind"]) == ("dinov2", "exact") and result["weights"] > 0.9
+    assert "100.0%" in done.stdout
