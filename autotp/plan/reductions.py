@@ -26,7 +26,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..axes.analysis import Analysis, OpInfo
@@ -34,6 +33,7 @@ from ..axes.layout import Partition
 from ..axes.term import Atom, Dim
 from ..errors import PlanError
 from ..trace.differentiable import differentiable
+from ..trace.memory import storages
 from .candidates import Candidate, atoms_of, sharded_share
 from .communication import ANYWHERE, Communication, Conversion, Edge, Places
 from .cut import Cache, VertexCut
@@ -98,10 +98,10 @@ class Flow:
         last: dict[int, int] = {}
         for node, info in ops.items():
             if info.mutates is not None:
-                last.update(dict.fromkeys(_storages(info.operands[info.mutates].node), self.order[node]))
+                last.update(dict.fromkeys(storages(info.operands[info.mutates].node), self.order[node]))
         if not last:
             return frozenset()
-        return frozenset(n for n in ops if any(last.get(s, -1) > self.order[n] for s in _storages(n)))
+        return frozenset(n for n in ops if any(last.get(s, -1) > self.order[n] for s in storages(n)))
 
     # ---- what a choice of axes means at one op -------------------------------------------------
 
@@ -447,13 +447,6 @@ def _atoms_of_op(info: OpInfo) -> frozenset[Atom]:
     for dims in info.out:
         found |= set(atoms_of(dims))
     return frozenset(found)
-
-
-def _storages(node: fx.Node) -> set[int]:
-    """The memory of a value, as the trace's tensors know it."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 
 def _dtype(node: fx.Node) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -15,7 +15,7 @@ from ..axes.term import Atom
 from ..axes.term import atoms_of as term_atoms
 from ..errors import AutoTPError, RewriteError, VerifyError
 from ..runtime.group import pretend_group
-from ..trace.provenance import AttrPath, Const, Dim, Expr, Op, evaluate, expression
+from ..trace.provenance import AttrPath, Const, Dim, evaluate, expression, sizes_in
 from .apply import AttrKey, LocalConstants, apply, attribute_of
 from .bind import Rank, group_name
 from .constants import Equation, solve
@@ -61,8 +61,10 @@ def local_constants(
     sizes: dict[fx.Node, Callable[[int], int]] = {}
     equations: list[Equation] = []
     home: dict[int, View] = {}
+    widths: dict[int, frozenset[Atom]] = {}
     for view in views:
         own = view.rank(rank, tp, prefix)
+        widths[id(view)] = _widths(view.analysis)
         sizes.update(_local_sizes(view.analysis, own))
         for want in _wanted(view, own):
             home[id(want)] = view
@@ -97,6 +99,7 @@ def local_constants(
         value = _patched_size(
             want,
             home[id(want)].analysis,
+            widths[id(home[id(want)])],
             dim,
             lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path)),
         )
@@ -131,30 +134,29 @@ def _wanted(view: View, rank: Rank) -> list[Wanted]:
 def _patched_size(
     want: Wanted,
     analysis: Analysis,
+    widths: frozenset[Atom],
     dim: Callable[[fx.Node, int], int],
     attr: Callable[[str, AttrPath], int],
 ) -> int | Scaled:
     """A constant; or, where the size also counts the batch or the sequence, what the code says in proportion."""
     expr = expression(want.call.ints[want.index][1])
-    if not any(_varies(analysis, leaf) for leaf in sizes_in(expr)):
+    if not any(_varies(analysis, widths, leaf) for leaf in sizes_in(expr)):
         return want.local
     said = evaluate(expr, attr, dim)
     return Scaled(want.local, said)
 
 
-def _varies(analysis: Analysis, size: Dim) -> bool:
-    """Whether a size is the batch's or the sequence's: an axis of an input, of which another call may have more."""
+def _widths(analysis: Analysis) -> frozenset[Atom]:
+    """The axes of parameters and buffers: those whose sizes are the model's, whatever it is given."""
+    tensors = analysis.trace.params.values()
+    return frozenset(a for node in tensors for dim in analysis.dims[node][0] for a in term_atoms(dim))
+
+
+def _varies(analysis: Analysis, widths: frozenset[Atom], size: Dim) -> bool:
+    """Whether a size may be another one in another call: an input's, or one that values decide (what a mask picks)."""
     dims = analysis.dims.get(size.node)
-    return dims is None or any(atom in analysis.frozen for atom in term_atoms(dims[0][size.dim]))
-
-
-def sizes_in(expr: Expr) -> Iterator[Dim]:
-    """The sizes of values in an expression."""
-    if isinstance(expr, Dim):
-        yield expr
-    elif isinstance(expr, Op):
-        for arg in expr.args:
-            yield from sizes_in(arg)
+    atoms = frozenset(term_atoms(dims[0][size.dim])) if dims else frozenset()
+    return not dims or not analysis.frozen.isdisjoint(atoms) or not atoms <= widths
 
 
 def rewrite_and_verify(

@@ -26,14 +26,16 @@ import torch
 from torch import fx
 
 from ..axes.analysis import Analysis
-from ..axes.term import atoms_of, size_of
+from ..axes.term import Atom, atoms_of, size_of
 from ..errors import VerifyError
 from ..plan.communication import Edge
 from ..plan.planner import Choice
 from ..runtime.gradients import gradient_syncs
 from ..runtime.lookup import local_row
 from ..trace.differentiable import differentiable
-from ..trace.graph import ModuleCall, Trace
+from ..trace.graph import Call, ModuleCall, Trace
+from ..trace.memory import storages
+from ..trace.provenance import expression, sizes_in
 from .anchors import Anchors
 from .bind import Rank, describe, group_name
 from .leaves import Differs, LeafInside
@@ -77,6 +79,7 @@ class Verifier:
         self.program = program
         self.anchors = anchors
         self.trace = analysis.trace
+        self.differentiable = differentiable(analysis.trace)
         self.leaves = {leaf.fqn: leaf for leaf in program.leaves if leaf.fqn not in anchors.inner}
 
     def verify(self, local: Trace, rank: Rank) -> None:
@@ -131,6 +134,13 @@ class Comparison:
 
     def _number_reference(self) -> None:
         constants = self.reference.constants
+        first: dict[object, tuple[object, int]] = {}
+        written = {
+            storage
+            for info in self.analysis.ops.values()
+            if info.mutates is not None
+            for storage in storages(info.operands[info.mutates].node)
+        }
         for fqn, node in self.reference.params.items():
             self.roots[node] = (("param", fqn), 0)
         for i, port in enumerate(self.reference.inputs):
@@ -148,8 +158,26 @@ class Comparison:
                 self.roots[node] = (self.roots[node.args[0]][0], item_of(node))
                 continue
             self.roots[node] = (node, 0)
-            if not self._in_leaf(node):
-                self.by_key[self._reference_key(node)].append(node)
+            if self._in_leaf(node):
+                continue
+            key = self._reference_key(node)
+            if self._is_plain(node, written):
+                self.roots[node] = first.setdefault((key, repr(plain((node.args, node.kwargs)))), (node, 0))
+            self.by_key[key].append(node)
+
+    def _is_plain(self, node: fx.Node, written: set[int]) -> bool:
+        """Whether the op has one value whenever it runs, whole on every rank and without a gradient: then it is one
+        value, as often as it is made (positions for each kind of layer, in the order of a set, which copies of the
+        model need not have)."""
+        dims = self.analysis.dims.get(node)
+        if dims is None or is_random(node) or node in self.v.differentiable:
+            return False
+        split = self.rank.partition.ranges
+        if any(atom.id in split for out in dims for dim in out for atom in atoms_of(dim)):
+            return False
+        if node in self.v.choice.communication.partial:
+            return False
+        return written.isdisjoint(s for n in (node, *node.all_input_nodes) for s in storages(n))
 
     def _in_leaf(self, node: fx.Node) -> bool:
         leaf = self.v.anchors.leaf_of(node)
@@ -261,7 +289,7 @@ class Comparison:
         return self._match(node, values)
 
     def _match(self, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-        roots = {n: (v.root, v.output) for n, v in values.items() if n in node.all_input_nodes}
+        roots = {n: (values[n].root, values[n].output) for n in node.all_input_nodes if n in values}
         missing = [n for n in node.all_input_nodes if n not in roots]
         if missing:
             raise self._error(node, f"reads {missing[0].name}, which stands for no value of the whole model")
@@ -279,9 +307,19 @@ class Comparison:
             reason = self._differs(node, twin, values)
             if reason is None:
                 self.serial[key] += 1
-                return Value(twin, 0, ())
+                return Value(*self.roots[twin], ())
             reasons.append(reason)
-        raise self._error(node, reasons[0])
+        raise self._error(node, reasons[0], self._sized_by(twins[0]))
+
+    def _sized_by(self, twin: fx.Node) -> frozenset[str]:
+        """The sharded axes of which the code takes a size as a number for this op."""
+        call: Call | None = twin.meta.get("call")
+        atoms: set[Atom] = set()
+        for _, value in call.ints if call is not None else ():
+            for size in sizes_in(expression(value)):
+                dims = self.analysis.dims.get(size.node)
+                atoms.update(atoms_of(dims[0][size.dim]) if dims else ())
+        return frozenset(c.key for c in self.v.choice.candidates if not atoms.isdisjoint(c.atoms))
 
     def _differs(self, node: fx.Node, twin: fx.Node, values: dict[fx.Node, Value]) -> str | None:
         """Why ``node`` is not what was planned for the reference op ``twin``; None where it is."""
@@ -391,10 +429,11 @@ class Comparison:
                     f"output {mine.path} went through {show_steps(value.steps)}, planned was {show_steps(planned)}"
                 )
 
-    def _error(self, node: fx.Node, text: str) -> VerifyError:
+    def _error(self, node: fx.Node, text: str, keys: frozenset[str] = frozenset()) -> VerifyError:
         return VerifyError(
             f"rank {self.rank.rank}: {node.target} in {self.local.where(node)}: {text}",
             node.meta.get("module", ""),
+            keys,
         )
 
 

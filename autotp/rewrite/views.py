@@ -190,13 +190,14 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             mine = [describe(s, rank) for s in a if view.gradients or not isinstance(s, Enter)]
             return mine == [describe(s, theirs) for s in b]
 
+        elsewhere = _gathered_elsewhere(view, program)
         by_fqn = {leaf.fqn: leaf for leaf in view.program.leaves}
         for leaf in program.leaves:
             twin = by_fqn.get(leaf.fqn)
             if twin is not None and not (
                 same(leaf.before, twin.before) and same(leaf.after, twin.after) and leaf.bias == twin.bias
             ):
-                raise _conflict(view, leaf.fqn)
+                raise _conflict(view, leaf.fqn, elsewhere)
         hooks = dict(program.hooks)
         for boundary in {**hooks, **view.program.hooks}:
             a, b = hooks.get(boundary, ()), view.program.hooks.get(boundary, ())
@@ -205,7 +206,7 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):
-                raise _conflict(view, boundary.fqn, boundary)
+                raise _conflict(view, boundary.fqn, elsewhere, boundary)
         wraps = {(w.module, w.frames, w.operand): w for w in program.wraps}
         for wrap in view.program.wraps:
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))
@@ -215,16 +216,27 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
                     wrap.module, wrap.frames, wrap.operand, steps
                 )
             elif not same(known.steps, wrap.steps):
-                raise _conflict(view, wrap.module)
+                raise _conflict(view, wrap.module, elsewhere)
         draws = tuple(dict.fromkeys((*program.draws, *view.program.draws)))
         program = replace(program, hooks=hooks, wraps=tuple(wraps.values()), draws=draws)
     return program
 
 
-def _conflict(view: View, fqn: str, *places: Boundary) -> RewriteError:
+def _gathered_elsewhere(view: View, program: Program) -> frozenset[str]:
+    """The axes that a view gathers where the program does not: sharding those is what makes the two unlike (features
+    that text is mixed with, and that text alone would carry on)."""
+    known = {(w.module, w.frames, w.operand) for w in program.wraps}
+    steps = [s for b, own in view.program.hooks.items() if b not in program.hooks for s in own]
+    steps += [s for w in view.program.wraps if (w.module, w.frames, w.operand) not in known for s in w.steps]
+    atoms = {a for s in steps if isinstance(s, Gather) for a in atoms_of([s.axes])}
+    return frozenset(c.key for c in view.choice.candidates if not atoms.isdisjoint(c.atoms))
+
+
+def _conflict(view: View, fqn: str, keys: frozenset[str], *places: Boundary) -> RewriteError:
     return RewriteError(
         f"{fqn or 'the root module'}: scenario {view.name!r} would need other communication there than the forward",
         fqn,
+        keys,
         places=frozenset(places),
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dis
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -101,6 +101,15 @@ def attributes(expr: Expr) -> frozenset[Attr]:
     if isinstance(expr, Op):
         return frozenset().union(*map(attributes, expr.args))
     return frozenset()
+
+
+def sizes_in(expr: Expr) -> Iterator[Dim]:
+    """The sizes of values in an expression."""
+    if isinstance(expr, Dim):
+        yield expr
+    elif isinstance(expr, Op):
+        for arg in expr.args:
+            yield from sizes_in(arg)
 
 
 def rewired(expr: Expr, replaced: Mapping[fx.Node, fx.Node]) -> Expr:

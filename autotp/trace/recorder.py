@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ _READS: dict[Any, Callable[[torch.Tensor], Any]] = {
     torch.Tensor.item: torch.Tensor.item,
     torch.Tensor.tolist: torch.Tensor.tolist,
 }
+_COUNTS = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 _INDEXES = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 
@@ -89,6 +91,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.size or getattr(func, "__self__", None) is _SHAPE:
             return self._sized(func(*args, **kwargs), args, kwargs)
+        if func in _COUNTS and args:
+            return math.prod(self._sized(args[0].shape, args, {}))
         if func in _READS and (value := self._readable(func, args[0], sys._getframe(1))) is not None:
             with _disable_current_modes():
                 return _READS[func](value)

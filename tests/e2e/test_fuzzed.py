@@ -182,6 +182,24 @@ class HandsOn(nn.Module):
         return x
 
 
+class Unordered(nn.Module):
+    """Angles for each kind of layer, in the order of a set, which a deep copy of it has not (7 and 15 collide)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = {7, 15}
+        for kind in self.kinds:
+            self.register_buffer(f"frequency_{kind}", torch.rand(WIDTH))
+        self.up, self.down = nn.Linear(WIDTH, 13), nn.Linear(13, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        angles = {
+            kind: positions[:, None].to(torch.float64) * getattr(self, f"frequency_{kind}") for kind in self.kinds
+        }
+        return self.down(F.gelu(self.up(x * angles[7].cos() + x * angles[15].sin())))
+
+
 CASES = {
     "positions": (Positions, WIDTH),
     "mixed positions": (lambda: Positions(mixed=True), WIDTH),
@@ -194,6 +212,7 @@ CASES = {
     "kept": (Kept, 7),
     "counted": (Counted, WIDTH),
     "handed on": (HandsOn, WIDTH),
+    "unordered": (Unordered, WIDTH),
 }
 
 
@@ -237,6 +256,11 @@ def test_the_rest_of_a_table_is_no_axis(name: str) -> None:
 def test_a_bias_is_added_after_the_sum() -> None:
     plan = autotp.plan(build("through a linear"), 3, example_inputs=example("through a linear", 3, 5))
     assert [(c.where, c.op) for c in plan.collectives if c.phase == "forward"] == [("down", "linear")]
+
+
+def test_a_count_of_features_is_patched() -> None:
+    plan = autotp.plan(build("counted"), 3, example_inputs=example("counted", 3, 5))
+    assert plan.notes == () and "features.numel()" in plan.diff()
 
 
 def test_a_value_that_modules_hand_on_is_cut_where_it_is_used() -> None:
