@@ -194,7 +194,7 @@ def write(path: Path, tp: int, found: list[tuple[str, str, Result]]) -> None:
 @click.option("--only", multiple=True, help="Glob pattern of model types; may be repeated.")
 @click.option("--peer", "peers", multiple=True, type=click.Choice(PEERS), help="These in autotp's stead.")
 @click.option("--jobs", default=2, show_default=True, help="Models at a time.")
-@click.option("--limit", default=240.0, show_default=True, help="Seconds for one model.")
+@click.option("--limit", default=360.0, show_default=True, help="Seconds for one model.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
 def main(
     task: str, tp: int, heads: int | None, kv_heads: int | None, only: tuple[str, ...], peers: tuple[str, ...],

@@ -90,6 +90,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "albert": {"embedding_size": 16},  # far narrower than the layers, as it is
     "big_bird": {"attention_type": "original_full"},  # what its first forward of a short input changes it to
+    "bigbird_pegasus": {"attention_type": "original_full"},  # likewise
     "zamba": {
         "attention_hidden_size": 128, "attention_head_dim": 32, "head_dim": 32, "num_hidden_layers": 6,
         "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
