@@ -29,10 +29,11 @@ HEAD = """\
 
 Made by `python -m benchmarks.zoo` and `python -m benchmarks.zoo.report`, not by hand. Versions: {versions}.
 
-Every architecture in transformers' auto classes, tiny and with random weights, is sharded and held against itself
-unsharded: outputs, the gradient of every parameter and input, and 8 greedy tokens where it generates. *exact*: the
-numbers agree, and at least 90 % of the bytes of its linear, embedding and expert weights are sharded. *partial*: they
-agree, less is sharded. *refused*: an error before any weight is touched. The percentages are those of the weights.
+Every architecture in transformers' auto classes for the tasks below, tiny and with random weights, is sharded and held
+against itself unsharded: outputs, the gradient of every parameter and input, and 8 greedy tokens where it generates.
+*exact*: the numbers agree, and at least 90 % of the bytes of its linear, embedding and expert weights are sharded.
+*partial*: they agree, less is sharded. *refused*: an error before any weight is touched. The percentages are those of
+the weights.
 """
 
 Results = dict[tuple[int, str, str], dict[str, Mapping[str, Any]]]  # (degree, task, tool) → model → its result
@@ -116,8 +117,7 @@ def unbuildable(results: Results) -> list[str]:
 
 def _reason(text: str) -> str:
     """On one line, without this machine's folders."""
-    text = re.sub(r"\(?(/[\w.-]+)+/site-packages/", lambda m: "(" if m[0].startswith("(") else "", text)
-    text = re.sub(r"(/[\w.-]+){2,}/", "", text).replace("|", "\\|").replace("\n", " ")
+    text = re.sub(r"[\w./-]*/(?=[\w.-]+\.py\b)", "", text).replace("|", "\\|").replace("\n", " ")
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON].rstrip()} …"
 
 
