@@ -60,14 +60,13 @@ def local_constants(
     whole = attribute_of(model)
     sizes: dict[fx.Node, Callable[[int], int]] = {}
     equations: list[Equation] = []
-    home: dict[int, View] = {}
-    widths: dict[int, frozenset[Atom]] = {}
+    home: dict[int, tuple[Analysis, frozenset[Atom]]] = {}
     for view in views:
         own = view.rank(rank, tp, prefix)
-        widths[id(view)] = _widths(view.analysis)
+        found_in = view.analysis, _widths(view.analysis)
         sizes.update(_local_sizes(view.analysis, own))
         for want in _wanted(view, own):
-            home[id(want)] = view
+            home[id(want)] = found_in
             equations.append(
                 Equation(expression(want.call.ints[want.index][1]), want.local, want.call.site, want)
             )
@@ -98,8 +97,7 @@ def local_constants(
             )
         value = _patched_size(
             want,
-            home[id(want)].analysis,
-            widths[id(home[id(want)])],
+            *home[id(want)],
             dim,
             lambda fqn, path: solution.attrs.get((fqn, path), whole(fqn, path)),
         )

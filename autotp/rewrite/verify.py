@@ -80,6 +80,12 @@ class Verifier:
         self.anchors = anchors
         self.trace = analysis.trace
         self.differentiable = differentiable(analysis.trace)
+        self.written = {
+            storage
+            for info in analysis.ops.values()
+            if info.mutates is not None
+            for storage in storages(info.operands[info.mutates].node)
+        }
         self.leaves = {leaf.fqn: leaf for leaf in program.leaves if leaf.fqn not in anchors.inner}
 
     def verify(self, local: Trace, rank: Rank) -> None:
@@ -135,12 +141,6 @@ class Comparison:
     def _number_reference(self) -> None:
         constants = self.reference.constants
         first: dict[object, tuple[object, int]] = {}
-        written = {
-            storage
-            for info in self.analysis.ops.values()
-            if info.mutates is not None
-            for storage in storages(info.operands[info.mutates].node)
-        }
         for fqn, node in self.reference.params.items():
             self.roots[node] = (("param", fqn), 0)
         for i, port in enumerate(self.reference.inputs):
@@ -161,11 +161,11 @@ class Comparison:
             if self._in_leaf(node):
                 continue
             key = self._reference_key(node)
-            if self._is_plain(node, written):
+            if self._is_plain(node):
                 self.roots[node] = first.setdefault((key, repr(plain((node.args, node.kwargs)))), (node, 0))
             self.by_key[key].append(node)
 
-    def _is_plain(self, node: fx.Node, written: set[int]) -> bool:
+    def _is_plain(self, node: fx.Node) -> bool:
         """Whether the op has one value whenever it runs, whole on every rank and without a gradient: then it is one
         value, as often as it is made (positions for each kind of layer, in the order of a set, which copies of the
         model need not have)."""
@@ -177,7 +177,7 @@ class Comparison:
             return False
         if node in self.v.choice.communication.partial:
             return False
-        return written.isdisjoint(s for n in (node, *node.all_input_nodes) for s in storages(n))
+        return self.v.written.isdisjoint(s for n in (node, *node.all_input_nodes) for s in storages(n))
 
     def _in_leaf(self, node: fx.Node) -> bool:
         leaf = self.v.anchors.leaf_of(node)

@@ -33,6 +33,7 @@ SUBSET: dict[str, dict[str, str]] = {
         "mpt": "ALiBi",
         "gemma3_text": "sliding windows, norms before and after",
         "granitemoe": "stacked experts behind a router",
+        "fuyu": "images beside text, of which decoding has none; the features are counted",
         "trocr": "a decoder by itself, with states to look at",
         "xlm": "in-place masks, sizes read from the inputs",
     },
