@@ -36,11 +36,16 @@ class Constants:
         self.given = set(inputs)
         """Whose values come from the example inputs."""
         self.values: dict[fx.Node, torch.Tensor | list[Any] | tuple[Any, ...]] = {}
+        """As they are now: what is written to changes."""
+        self.sources: set[int] = set()
+        self.written: set[int] = set()
+        """Memory of the model's own tensors, and that of values that were written to."""
 
     def advance(self, nodes: Iterator[fx.Node]) -> None:
         for node in nodes:
             if node.op == "placeholder" and node in self.buffers:
                 self.values[node] = self.buffers[node]
+                self.sources.add(_memory(self.buffers[node]))
             elif node.op == "get_attr":
                 value = getattr(self.root, str(node.target), None)
                 if (
@@ -50,24 +55,25 @@ class Constants:
                     and value.device.type == "cpu"
                 ):
                     self.values[node] = value.detach()
+                    self.sources.add(_memory(value))
             elif node.op == "call_function":
                 self._evaluate(node)
 
     def tensors(self) -> dict[fx.Node, torch.Tensor]:
-        """The constants."""
+        """The constants: those that are never written to."""
         return {
             node: value
             for node, value in self.values.items()
-            if isinstance(value, torch.Tensor) and node not in self.given
+            if isinstance(value, torch.Tensor) and node not in self.given and _memory(value) not in self.written
         }
 
     def _evaluate(self, node: fx.Node) -> None:
         target: Any = node.target
+        writes = False
         if isinstance(target, torch._ops.OpOverload):
-            if target._schema.is_mutable and target is not torch.ops.aten.detach_.default:
-                self._forget_mutated(node, target)
-                return
+            writes = target._schema.is_mutable and target is not torch.ops.aten.detach_.default
             if not _deterministic(target):
+                self._forget(self._written(node, target) if writes else [])
                 return
         elif getattr(target, "__name__", "") != "getitem":
             return
@@ -75,32 +81,50 @@ class Constants:
         if target in _AS and node.args[0] in self.given:
             like: Any = node.args[1]
             known.setdefault(like, torch.zeros(()).expand(like.meta["val"].shape))
-        if len(known) < len(node.all_input_nodes) or not _small(node.meta.get("val")):
+        written = self._written(node, target) if writes else []
+        unknown = len(known) < len(node.all_input_nodes) or not _small(node.meta.get("val"))
+        if unknown or any(_memory(value) in self.sources for value in written):
+            self._forget(written)
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         target = torch.ops.aten.detach.default if target is torch.ops.aten.detach_.default else target
         try:
             self.values[node] = target(*args, **kwargs)
         except Exception:  # a constant is a bonus: what cannot be computed here stays unknown
+            self._forget(written)
             return
+        self.written |= {_memory(value) for value in written}
         if not self.given.isdisjoint(node.all_input_nodes):
-            self.given.add(node)
+            self.given |= {node, *(other for value in written for other in self._sharing(value))}
 
-    def _forget_mutated(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
-        """A value that is written to is not a constant, nor are its views."""
+    def _written(self, node: fx.Node, target: torch._ops.OpOverload) -> list[torch.Tensor]:
+        """The known values that an op writes to."""
         given = (
             dict(zip((arg.name for arg in target._schema.arguments), node.args, strict=False)) | node.kwargs
         )
-        for argument in target._schema.arguments:
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for written in pytree.tree_leaves(given.get(argument.name)):
-                value = self.values.get(written) if isinstance(written, fx.Node) else None
-                if isinstance(value, torch.Tensor):
-                    storage = value.untyped_storage().data_ptr()
-                    for other, held in list(self.values.items()):
-                        if isinstance(held, torch.Tensor) and held.untyped_storage().data_ptr() == storage:
-                            del self.values[other]
+        found = (
+            self.values.get(written)
+            for argument in target._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for written in pytree.tree_leaves(given.get(argument.name))
+            if isinstance(written, fx.Node)
+        )
+        return [value for value in found if isinstance(value, torch.Tensor)]
+
+    def _forget(self, written: list[torch.Tensor]) -> None:
+        """What unknown values are written to is not known, nor are its views."""
+        for value in written:
+            for node in self._sharing(value):
+                del self.values[node]
+
+    def _sharing(self, value: torch.Tensor) -> list[fx.Node]:
+        """The nodes whose values are in the same memory."""
+        memory = _memory(value)
+        return [n for n, held in self.values.items() if isinstance(held, torch.Tensor) and _memory(held) == memory]
+
+
+def _memory(value: torch.Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _deterministic(target: torch._ops.OpOverload) -> bool:

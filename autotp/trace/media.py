@@ -28,6 +28,8 @@ Inputs = dict[str, torch.Tensor]
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 for text, 1 for the first other medium
 _GRIDS = frozenset(("image_grid_thw", "image_grid_hw", "target_sizes"))  # by one of which patches are told their places
 _PASSED_ON = ("image_merge_sizes",)  # by a getter, to what it calls
+_MASKS = ("input_features_mask", "feature_attention_mask", "padding_mask")
+_AXES = (3, 4)  # of positions: time, height and width; the place in the text
 _LEADING = 2  # tokens of text before the placeholders
 _FRAMES = 96
 
@@ -35,7 +37,7 @@ _FRAMES = 96
 @dataclass(frozen=True)
 class _Medium:
     getter: str
-    argument: str
+    arguments: tuple[str, ...]  # of which a model takes one
     tokens: tuple[str, ...]
 
 
@@ -49,8 +51,8 @@ class _Offer:
 
 
 _MEDIA = (
-    _Medium("get_image_features", "pixel_values", IMAGE_TOKEN),
-    _Medium("get_audio_features", "input_features", AUDIO_TOKEN),
+    _Medium("get_image_features", ("pixel_values",), IMAGE_TOKEN),
+    _Medium("get_audio_features", ("input_features", "input_values"), AUDIO_TOKEN),
 )
 
 
@@ -79,18 +81,33 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
 def _fitting(model: Any, medium: _Medium, takes: Collection[str]) -> Iterator[_Offer]:
     """The shapes of a medium that the model makes features of."""
     token = _token(model, medium)
-    holder, getter = _holder(model, medium)
-    if token is None or medium.argument not in takes or holder is None:
+    if token is None or not any(name in takes for name in medium.arguments):
         return
-    makes = _images if medium.argument == "pixel_values" else _sounds
+    holders = _holders(model, medium)
+    makes = _images if "pixel_values" in medium.arguments else _sounds
     for given in makes(model):
         known = {k: v for k, v in given.items() if k in takes}
+        if not any(name in known for name in medium.arguments):
+            continue
         if not _GRIDS.isdisjoint(given) and _GRIDS.isdisjoint(known):
             continue
-        own = {k: v for k, v in known.items() if k in getter or k in _PASSED_ON}
-        count = _rows(model, holder, medium, own)
-        if count and count % BATCH == 0:
-            yield _Offer(token, count // BATCH, known)
+        for holder, getter in holders:
+            own = {k: v for k, v in known.items() if k in getter or k in _PASSED_ON}
+            if "input_ids" in getter:  # to find how many sounds there are, not how long they are
+                own["input_ids"] = _with_placeholders(model, [_Offer(token, _LEADING, {})])
+            count = _rows(model, holder, medium, own)
+            if count and count % BATCH == 0:
+                for one in _masked(known, count // BATCH):
+                    yield _Offer(token, count // BATCH, one)
+                break
+
+
+def _masked(given: Inputs, count: int) -> Iterator[Inputs]:
+    """With what is given, and where that has masks, with such that tell of features instead of frames."""
+    yield given
+    masks = {k: torch.ones(BATCH, count, dtype=torch.bool) for k in given if k in _MASKS}
+    if masks:
+        yield given | masks
 
 
 def _beside_text(model: Any, offers: Sequence[_Offer], takes: Collection[str]) -> Iterator[Inputs]:
@@ -101,7 +118,8 @@ def _beside_text(model: Any, offers: Sequence[_Offer], takes: Collection[str]) -
         given |= offer.given
     yield given
     if "position_ids" in takes:  # what finds them branches on the sizes of images
-        yield {**given, "position_ids": torch.arange(ids.shape[1]).expand(3, *ids.shape).contiguous()}
+        for axes in _AXES:
+            yield {**given, "position_ids": torch.arange(ids.shape[1]).expand(axes, *ids.shape).contiguous()}
 
 
 def _names(model: Any, medium: _Medium) -> list[str]:
@@ -113,14 +131,13 @@ def _token(model: Any, medium: _Medium) -> int | None:
     return next((t for t in found if isinstance(t, int) and 0 <= t < vocabulary(model)), None)
 
 
-def _holder(model: Any, medium: _Medium) -> tuple[str | None, Collection[str]]:
-    """The module that has the getter, and the arguments of it: the outermost that does not only pass them on."""
-    for fqn, module in model.named_modules():
-        if hasattr(module, medium.getter):
-            takes = inspect.signature(getattr(module, medium.getter)).parameters
-            if "args" not in takes:
-                return fqn, takes
-    return None, ()
+def _holders(model: Any, medium: _Medium) -> list[tuple[str, Collection[str]]]:
+    """The modules that have the getter, and its arguments, from the outermost: some only pass on what they get."""
+    return [
+        (fqn, inspect.signature(getattr(module, medium.getter)).parameters)
+        for fqn, module in model.named_modules()
+        if hasattr(module, medium.getter)
+    ]
 
 
 def _with_placeholders(model: Any, offers: Sequence[_Offer]) -> torch.Tensor:
@@ -204,17 +221,20 @@ def _images(model: Any) -> Iterator[Inputs]:
 
 
 def _sounds(model: Any) -> Iterator[Inputs]:
-    """The shapes of `input_features`, with the mask that tells how long each is."""
+    """The shapes of `input_features`, with the mask that tells how long each is; those of `input_values`."""
     dtype = dtype_of(model)
     audio = (first((model.config,), "audio_config", "encoder_config") or model.config,)
     bins = first(audio, "num_mel_bins", "input_dim", "input_feat_size") or 80
     positions = first(audio, "max_source_positions")
-    for frames in dict.fromkeys((2 * positions if positions else _FRAMES, _FRAMES)):
-        for shape, length in (((BATCH, bins, frames), frames), ((BATCH, frames, bins), frames)):
-            mask = torch.ones(BATCH, length, dtype=torch.long)
-            yield {
-                "input_features": torch.ones(shape, dtype=dtype),
-                "input_features_mask": mask,
-                "feature_attention_mask": mask,
-                "padding_mask": mask,
-            }
+    window = first(audio, "n_window")
+    lengths = (2 * positions if positions else _FRAMES, _FRAMES, 2 * window if window else _FRAMES)
+    for frames in dict.fromkeys(lengths):
+        for shape in ((BATCH, bins, frames), (BATCH, frames, bins)):
+            mask = torch.ones(BATCH, frames, dtype=torch.long)
+            yield {"input_features": torch.ones(shape, dtype=dtype), **dict.fromkeys(_MASKS, mask)}
+    hop = first((get(model.config, "acoustic_tokenizer_encoder_config"), *audio), "hop_length") or 320
+    samples = 3 * hop
+    yield {
+        "input_values": torch.ones(BATCH, 1, samples, dtype=dtype),
+        "padding_mask": torch.ones(BATCH, samples, dtype=torch.bool),
+    }
