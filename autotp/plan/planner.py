@@ -118,6 +118,7 @@ def choose(
     sets = _possible(flow, sets, classes, tolerance, bytes_of)
     best: Choice | None = None
     failures: list[str] = []
+    dropped: dict[str, None] = {}
     most = 0.0
     bar = (
         (1 - tolerance) * sets[0][0] if sets else 0.0
@@ -132,7 +133,7 @@ def choose(
             limit = best.communication.cost_bytes
             if flow.least(chosen) > limit or flow.exceeds(chosen, limit):
                 continue
-        feasible = _communicate(flow, chosen, failures)
+        feasible = _communicate(flow, chosen, failures, dropped)
         if feasible is None:
             continue
         kept, communication = feasible
@@ -284,26 +285,42 @@ def _without_trifles(
 
 
 def _communicate(
-    flow: Flow, chosen: tuple[Candidate, ...], failures: list[str]
+    flow: Flow, chosen: tuple[Candidate, ...], failures: list[str], dropped: dict[str, None]
 ) -> tuple[tuple[Candidate, ...], Communication] | None:
-    """The set's communication; where it is impossible as a whole, that of the set without its bad classes."""
+    """The set's communication; where it is impossible as a whole, that of the set without its bad classes.
+
+    Args:
+        dropped: the classes that other sets had to do without; tried last, and added to.
+    """
     try:
         return chosen, flow.communicate(chosen)
     except PlanError as error:
         failures.append(str(error))
-    kept: tuple[Candidate, ...] = ()
-    best: Communication | None = None
     by_key: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in chosen:
         by_key[candidate.key].append(candidate)
-    for key in by_key:
-        attempt = (*kept, *by_key[key])
+    kept: tuple[Candidate, ...] = ()
+    best: Communication | None = None
+
+    def add(keys: list[str]) -> None:
+        """As many of the classes as go with those that are kept."""
+        nonlocal kept, best
+        attempt = (*kept, *(c for key in keys for c in by_key[key]))
         try:
             best = flow.communicate(attempt)
         except PlanError as error:
             failures.append(str(error))
+            if len(keys) == 1:
+                dropped.update(dict.fromkeys(keys))
+            else:
+                add(keys[: len(keys) // 2])
+                add(keys[len(keys) // 2 :])
         else:
             kept = attempt
+
+    for keys in ([key for key in by_key if key not in dropped], [key for key in by_key if key in dropped]):
+        if keys:
+            add(keys)
     return (kept, best) if best is not None else None
 
 

@@ -22,8 +22,9 @@ Partial too. So the forward is cut in several ways (`WAYS`), the backward after 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import fx
@@ -66,7 +67,7 @@ class Flow:
 
     def __init__(self, analysis: Analysis, places: Places = ANYWHERE) -> None:
         self.analysis = analysis
-        self.places = places
+        self.places = Places(cache(places.reduce), cache(places.enter), cache(places.mask), cache(places.contract))
         self.order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
         self.edges: list[Edge] = []
         self.uses: dict[fx.Node, list[Edge]] = defaultdict(list)
@@ -80,6 +81,11 @@ class Flow:
             node for fqn, node in analysis.trace.params.items() if fqn not in analysis.trace.is_buffer
         )
         self.differentiable = differentiable(analysis.trace)
+        self._live = [e for e in self.edges if e.producer in self.differentiable and e.consumer in self.differentiable]
+        self._sources_of = {
+            node: [o.node for o in info.operands if o.node in self.differentiable]
+            for node, info in analysis.ops.items()
+        }
         self._written = self._written_to_later()
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
@@ -87,10 +93,15 @@ class Flow:
         self._sum_cost = {node: all_reduce_cost(node) for node in analysis.dims}.__getitem__
         self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
         self._held: dict[fx.Node, frozenset[Atom]] = {}
-        self._dims_atoms = {
-            node: frozenset(a for dims in outs for a in atoms_of(dims))
-            for node, outs in analysis.dims.items()
+        self._casts = {
+            node
+            for node, sources in self._sources_of.items()
+            if any(self._dtypes[source] != self._dtypes[node] for source in sources)
         }
+        self._holding: dict[Atom, list[fx.Node]] = defaultdict(list)
+        for node, outs in analysis.dims.items():
+            for atom in {a for dims in outs for a in atoms_of(dims)}:
+                self._holding[atom].append(node)
 
     def _written_to_later(self) -> frozenset[fx.Node]:
         """Values in memory that a later op writes into: what autograd forbids on the result of a collective."""
@@ -114,8 +125,13 @@ class Flow:
             found = self._held[node] = sharded & self._own.get(node, frozenset())
         return found
 
-    def held_by(self, node: fx.Node, sharded: frozenset[Atom]) -> frozenset[Atom]:
-        return sharded & self._dims_atoms.get(node, frozenset())
+    def held_by_values(self, sharded: frozenset[Atom]) -> Mapping[fx.Node, set[Atom]]:
+        """The sharded axes on each value that holds any."""
+        found: dict[fx.Node, set[Atom]] = defaultdict(set)
+        for atom in sharded:
+            for node in self._holding[atom]:
+                found[node].add(atom)
+        return dict(found)
 
     def least(self, chosen: tuple[Candidate, ...]) -> int:
         """A lower bound of the communication, found quickly: the gathers, which the axes alone decide."""
@@ -337,35 +353,31 @@ class Flow:
     ) -> tuple[dict[fx.Node, tuple[Edge, ...]], frozenset[fx.Node], frozenset[fx.Node], int]:
         ops, dims = self.analysis.ops, self.analysis.dims
         gathered = {(c.producer, c.consumer) for c in conversions if c.kind == "gather"}
-        held = {node: self.held_by(node, sharded) for node in dims}
-        disjoint = {
-            node
-            for node, outs in dims.items()
-            if held[node] and all(is_disjoint(d, sharded, pairs) for d in outs)
-        }
+        held = self.held_by_values(sharded)
+        disjoint = {node for node in held if all(is_disjoint(d, sharded, pairs) for d in dims[node])}
         # Partly common (a fused (H|1|1)·D, or kv heads that a subgroup shares): its gradient must stay as
         # partial as it comes, or the sum at the input of the op that made it would count the common part twice.
-        mixed = {node for node in ops if held[node] and node not in disjoint and node in self.differentiable}
+        mixed = {node for node in held if node in ops and node not in disjoint and node in self.differentiable}
+
+        none: set[Atom] = set()
 
         def sharded_use(edge: Edge) -> bool:
             if edge in masked or edge.producer in disjoint or edge.consumer in close:
                 return False
             info = ops[edge.consumer]
-            if info.linear.kind == "mul" and any(
+            if flowing and info.linear.kind == "mul" and any(
                 o.node in flowing for j, o in enumerate(info.operands) if j != edge.operand
             ):
                 return True
-            return bool(self.held_by_op(edge.consumer, sharded) - held[edge.producer])
+            used = self.held_by_op(edge.consumer, sharded)
+            return bool(used) and not used <= held.get(edge.producer, none)
 
         def neutral(edge: Edge) -> bool:
             """A use that only takes the sharded part out of a partly common value."""
             info = ops[edge.consumer]
             return edge.producer in mixed and edge.consumer in disjoint and len(info.operands) == 1
 
-        live = [
-            e for e in self.edges if e.producer in self.differentiable and e.consumer in self.differentiable
-        ]
-        sources = {e for e in live if sharded_use(e)}
+        sources = {e for e in self._live if sharded_use(e)}
         if not sources:
             return {}, frozenset(), frozenset(), 0
 
@@ -373,21 +385,14 @@ class Flow:
             """Whether the op that made ``node`` can only go backwards from a whole gradient."""
             if node in mixed:
                 return False
-            inputs = [o.node for o in ops[node].operands if o.node in self.differentiable]
-            casts = any(self._dtypes[i] != self._dtypes[node] for i in inputs)
-            picks = (
-                len(inputs) == 1 and inputs[0] in mixed
-            )  # takes the common part out of a partly common value
-            return casts or (bool(self.held_by_op(node, sharded)) and not picks) or node in flowing
+            inputs = self._sources_of[node]
+            picks = len(inputs) == 1 and inputs[0] in mixed  # takes the common part out of a partly common value
+            return node in self._casts or (bool(self.held_by_op(node, sharded)) and not picks) or node in flowing
 
         reached = {e.producer for e in sources} | mixed
         for node in reversed(list(ops)):  # values that a partial gradient can reach, walking backwards
             if node in reached and not needs_whole(node):
-                reached |= {
-                    o.node
-                    for o in ops[node].operands
-                    if o.node in self.differentiable and o.node not in disjoint
-                }
+                reached.update(source for source in self._sources_of[node] if source not in disjoint)
         cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         for node in sorted(reached, key=self.order.__getitem__):
             is_param = node in self.params

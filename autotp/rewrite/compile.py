@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -288,6 +288,8 @@ class _Compiler:
                     if port.node not in with_gradient:
                         constant[call.fqn, side, port.path].add(call.index)
 
+        failed: list[RewriteError] = []
+
         def agree(
             at: Boundary, by_call: dict[int, list[Step]], ports: Iterable[Path] = (), barrable: bool = True
         ) -> tuple[Step, ...]:
@@ -299,11 +301,13 @@ class _Compiler:
                     variants = needed | (variants - {()})
             if len(variants) > 1:
                 where = "argument" if at.side == "in" else "result"
-                raise RewriteError(
-                    f"{at.fqn or 'the root module'}: its calls need different steps on one {where}, and one set of "
-                    f"edits serves them all: {sorted(map(str, variants))}",
-                    at.fqn,
-                    places=frozenset([at] if barrable else []),
+                failed.append(
+                    RewriteError(
+                        f"{at.fqn or 'the root module'}: its calls need different steps on one {where}, and one set of "
+                        f"edits serves them all: {sorted(map(str, variants))}",
+                        at.fqn,
+                        places=frozenset([at] if barrable else []),
+                    )
                 )
             return next(iter(variants))
 
@@ -327,7 +331,12 @@ class _Compiler:
                 Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
             )
         hooks = {b: agree(b, by_call) for b, by_call in self.draft.hooks.items()}
-        self._check_wraps()
+        failed += self._uneven_wraps()
+        if failed:  # those places that another plan can do without, at once
+            first = next((error for error in failed if not error.places), failed[0])
+            if first.places:
+                first.places = frozenset(place for error in failed for place in error.places)
+            raise first
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))
             for key, by_call in self.draft.wraps.items()
@@ -345,8 +354,8 @@ class _Compiler:
         )
 
 
-    def _check_wraps(self) -> None:
-        """An expression in a loop is patched once, for all of its rounds."""
+    def _uneven_wraps(self) -> Iterator[RewriteError]:
+        """Expressions in a loop, which are patched once for all of its rounds, that only some rounds need patched."""
         rounds: dict[tuple[str, tuple[Site, ...]], set[int]] = defaultdict(set)
         for node in self.analysis.ops:
             call = self.anchors.site_of(node)
@@ -354,7 +363,7 @@ class _Compiler:
                 rounds[call.module, call.frames].add(call.index)
         for (module, frames, operand), by_call in self.draft.wraps.items():
             if len({tuple(by_call.get(index, ())) for index in rounds[module, frames] | set(by_call)}) > 1:
-                raise RewriteError(
+                yield RewriteError(
                     f"{module or 'the root module'}: {frames[0]} runs several times, and not each time with the same "
                     "communication",
                     module,

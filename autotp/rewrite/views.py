@@ -199,6 +199,7 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             ):
                 raise _conflict(view, leaf.fqn, elsewhere)
         hooks = dict(program.hooks)
+        unlike: list[Boundary] = []
         for boundary in {**hooks, **view.program.hooks}:
             a, b = hooks.get(boundary, ()), view.program.hooks.get(boundary, ())
             if boundary.side == "in" and boundary not in given:
@@ -206,7 +207,9 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):
-                raise _conflict(view, boundary.fqn, elsewhere, boundary)
+                unlike.append(boundary)
+        if unlike:
+            raise _conflict(view, unlike[0].fqn, elsewhere, *unlike)
         wraps = {(w.module, w.frames, w.operand): w for w in program.wraps}
         for wrap in view.program.wraps:
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))
