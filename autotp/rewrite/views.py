@@ -184,7 +184,8 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
         translate = _Translation(twins, number)
         calls = view.analysis.trace.calls
         ran = {call.fqn for call in calls}
-        given = {Boundary(call.fqn, "in", port.path) for call in calls for port in call.inputs}
+        passed = {Boundary(call.fqn, "in", port.path) for call in calls for port in call.inputs}
+        passed |= {Boundary(call.fqn, "out", port.path) for call in calls for port in call.outputs}
 
         def same(a: tuple[Step, ...], b: tuple[Step, ...], view: View = view, theirs: Rank = theirs) -> bool:
             mine = [describe(s, rank) for s in a if view.gradients or not isinstance(s, Enter)]
@@ -202,8 +203,8 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
         unlike: list[Boundary] = []
         for boundary in {**hooks, **view.program.hooks}:
             a, b = hooks.get(boundary, ()), view.program.hooks.get(boundary, ())
-            if boundary.side == "in" and boundary not in given:
-                continue  # an argument that is left out there
+            if boundary not in passed:
+                continue  # an argument that is left out there, or a result that is (of an image that text has not)
             if boundary.fqn in ran and not a and b and not view.gradients:
                 hooks[boundary] = tuple(translate(s) for s in b)
             elif boundary.fqn in ran and not same(a, b):

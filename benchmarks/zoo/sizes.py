@@ -118,6 +118,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "granite_speech": {"projector_config.encoder_hidden_size": 64},
     "granite_speech_plus": {"projector_config.encoder_hidden_size": 64},
+    "granite_speech_encoder": {"context_size": 20, "max_pos_emb": 24},
+    "granite_speech_plus_encoder": {"context_size": 20, "max_pos_emb": 24},
     "hy_v4": {"n_routed_experts": 12, "num_local_experts": 12},  # of the real one's 256; so that they are most of it
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "cohere_compass_text": {
@@ -161,6 +163,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
         "vq_config.num_embeddings": 26, "vq_config.resolution": 32,
     },
+    "emu3_vqgan": {"hidden_size": 128},
     "emu3": {"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97, "<|visual token 000000|>": 40}},
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32]]},  # of tiles as large as the images are
     "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
@@ -169,11 +172,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0]},
     "kimi_k25": {"projection_hidden_size": 64},
     "llama4_vision_model": {
-        "intermediate_size": 256, "projector_input_dim": 96, "projector_output_dim": 64, "vision_output_dim": 64,
+        "intermediate_size": 256, "projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64,
     },
-    "minicpmv4_6": {"image_token_id": 98},
-    "minicpmv4_7": {"image_token_id": 98},
-    "minicpm_ocr": {"image_token_id": 98},
+    "minicpmv4_6": {"image_token_id": 98, "insert_layer_id": 0},
+    "minicpmv4_7": {"image_token_id": 98, "insert_layer_id": 0},
+    "minicpm_ocr": {"image_token_id": 98, "insert_layer_id": 0},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [96, 64], "global_attn_indexes": [0]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots3_note_vision_encoder": {
@@ -229,6 +233,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "convnext": {"image_size": 64},
     "convnextv2": {"image_size": 64},
     **{name: {"image_size": 128, "patch_size": 4, "window_size": 4} for name in ("swin", "swinv2", "donut-swin")},
+    # one pooling head after 12 layers and more, in the real ones
+    "siglip_vision_model": {"num_hidden_layers": 6},
+    "siglip2_vision_model": {"num_hidden_layers": 6},
     "aria": {"projector_patch_to_query_dict": {16: 3}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]},
