@@ -34,7 +34,7 @@ from .trace.scenario import Scenario, scenarios, trace_model
 from .trace.skeleton import skeleton
 
 #: How often the planner may be asked again after leaving out axes whose code could not be rewritten.
-MOST_ATTEMPTS = 8
+MOST_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)

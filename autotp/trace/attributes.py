@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import gc
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper
@@ -101,6 +102,7 @@ def provenance(
         for m in module.modules()
         for live in (m.__dict__, m._buffers, m._parameters, *(m.__dict__[name] for name in _HOOKS))
     ]
+    before += [(live, dict(live)) for live in _helpers(module)]
     try:
         for fqn, m in module.named_modules():
             if session is None or type(m) in exclude:
@@ -118,6 +120,32 @@ def provenance(
             session.open = False
             if session.hashed:
                 _forget_cached()
+
+
+def _helpers(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The attributes of plain objects that modules have, and of those that these have: where a forward keeps what it
+    computed once (a `cached_property`), too."""
+    seen: set[int] = set()
+    waiting = [value for m in module.modules() for value in m.__dict__.values()]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        if isinstance(value, (list, tuple, dict)):
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+        elif _is_helper(value):
+            seen.add(id(value))
+            waiting += vars(value).values()
+            yield vars(value)
+
+
+def _is_helper(value: Any) -> bool:
+    """Whether it is an object that somebody's class made, of neither Python's libraries nor torch's."""
+    made_by = type(value).__module__.partition(".")[0]
+    return made_by not in sys.stdlib_module_names | {"torch"} and hasattr(value, "__dict__") and not isinstance(
+        value, (type, nn.Module, torch.Tensor)
+    )
 
 
 def _wrapped(value: Any, fqn: str, path: AttrPath, session: Session, depth: int) -> Any:

@@ -228,10 +228,12 @@ def other_tokens(model: Any, reference: Any, inputs: Mapping[str, Any]) -> str:
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     inputs = {k: v for k, v in inputs.items() if k != "use_cache"}
     try:
+        torch.manual_seed(3)  # VibeVoice adds noise to what it hears
         with torch.no_grad():
             theirs = reference.generate(**inputs, **options)
     except Exception:  # it cannot generate unsharded either
         return ""
+    torch.manual_seed(3)
     with torch.no_grad():
         mine = model.generate(**inputs, **options)
     return "" if torch.equal(mine, theirs) else "generates other tokens"

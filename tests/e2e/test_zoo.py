@@ -44,7 +44,10 @@ SUBSET: dict[str, dict[str, str]] = {
     },
     "image": {"convnext": "depthwise convolutions"},
     "audio": {"wav2vec2": "a weight-normed convolution by groups", "whisper": "a tower of convolutions"},
-    "multimodal": {"clip": "two towers"},
+    "multimodal": {
+        "clip": "two towers",
+        "smolvlm": "hands on the features of images, which a step of decoding has none of; masks written in place",
+    },
 }
 
 

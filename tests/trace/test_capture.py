@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,3 +138,71 @@ def test_masks_of_vmapped_functions() -> None:
     assert found.outputs[0].node.meta["val"].shape == (5, 4)
     with pytest.raises(TraceError, match="a transformed function computed"):
         trace(skeleton(Blocks(learnt=True)), args)
+
+
+class Writes(nn.Module):
+    """Computes in place how many columns it keeps."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+        self.register_buffer("kept", torch.tensor([1, 2]))
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.kept if self.own else torch.zeros(2, dtype=torch.long)
+        before = self.up(x)[:, kept]
+        kept[1] += 3
+        return torch.cat([before, self.up(x)[:, kept], x[:, : int(kept[1])]], 1)
+
+
+def test_known_values_that_are_written_to() -> None:
+    model, x = Writes(own=False), torch.randn(3, 6)
+    found = trace(skeleton(model), (x,))
+    (replayed,) = replay(found, state_of(model, found), (x,), {})
+    assert torch.equal(replayed, model(x)) and replayed.shape == (3, 7)
+    indexes = [n for n in found.graph.nodes if n.target is torch.ops.aten.index.Tensor]
+    assert len(indexes) == 2
+    assert all(n.args[1][0] not in found.constants for n in indexes)  # it has two values, one after the other
+
+
+def test_values_of_the_models_own_tensors_are_left_and_forgotten() -> None:
+    model, x = Writes(own=True), torch.randn(3, 6)
+    with pytest.raises(TraceError, match="depends on values of a tensor"):
+        trace(skeleton(model), (x,))
+    with pytest.raises(TraceError, match="depends on values of a tensor"):
+        trace(model, (x,))
+    assert model.kept.tolist() == [1, 2]
+
+
+class Table:
+    """Computed at first use."""
+
+    @cached_property
+    def steps(self) -> Tensor:
+        return torch.arange(3, dtype=torch.float32)
+
+
+class Helped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 3)
+        self.tables = {"first": [Table()]}
+        self.again = self.tables
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * self.tables["first"][0].steps
+
+
+def test_what_helpers_keep_is_forgotten() -> None:
+    """A tensor of one trace, kept where a copy of the model takes it along, would be freed twice."""
+    model = Helped()
+    x = torch.randn(2, 6)
+    for _ in range(2):
+        trace(model, (x,))
+        assert vars(model.tables["first"][0]) == {}
+    expected = model.up(x) * torch.arange(3)
+    assert torch.equal(model(x), expected)
+    table = model.tables["first"][0].steps
+    trace(model, (x,))
+    assert model.tables["first"][0].steps is table

@@ -16,6 +16,8 @@ from autotp.trace.media import media_inputs
 from autotp.trace.replay import replay, state_of
 from autotp.trace.scenario import scenarios, trace_model
 from autotp.trace.skeleton import skeleton
+from benchmarks.zoo.configs import architectures
+from benchmarks.zoo.configs import build as tiny
 from tests.models import MODELS
 
 
@@ -362,3 +364,23 @@ def test_a_decoder_by_itself_is_traced_with_states_to_look_at_and_without() -> N
     assert first.kwargs["encoder_hidden_states"].shape[-1] == 8
     alone = next(scenario for scenario in others if scenario.name == "alone")
     assert alone.kwargs.keys() == first.kwargs.keys() - {"encoder_hidden_states"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sound", "expected"),
+    [
+        # masks tell of the features, not of the frames that those are made of
+        ("granite_speech", "input_features", {"input_features": (2, 96, 160), "input_features_mask": (2, 21)}),
+        # the getter that the outermost module has only passes on what it knows by name
+        ("moss_transcribe_diarize", "input_features", {"input_features": (2, 80, 3000), "padding_mask": (2, 3000)}),
+        # features are placed by where the tokens for them are
+        ("musicflamingo", "input_features", {"input_features": (2, 128, 3000), "input_ids": (2, 757)}),
+        # samples, not frames
+        ("vibevoice_asr", "input_values", {"input_values": (2, 1, 24), "input_ids": (2, 10)}),
+    ],
+)
+def test_sounds_beside_text(name: str, sound: str, expected: dict[str, tuple[int, ...]]) -> None:
+    _, given = tiny(name, dict(architectures("seq2seq"))[name], {})
+    assert {key: tuple(given[key].shape) for key in expected} == expected
+    tokens = int((given["input_ids"] == 96).sum())
+    assert tokens == 2 * (given["input_ids"].shape[1] - 7) and given[sound].abs().min() >= 0
