@@ -25,6 +25,8 @@ from autotp.trace.provenance import Attr, AttrPath, ProvInt, Session, make
 _CONFIG_NAME = re.compile(
     r"(config|cfg|conf|args|params|hparams|opts?|options|hyperparameters)$", re.IGNORECASE
 )
+#: Whose objects are left as a forward leaves them.
+_NO_HELPERS = sys.stdlib_module_names | {"torch"}
 #: Where a module keeps its hooks: a forward may register some, and note in an attribute that it did.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -143,9 +145,8 @@ def _helpers(module: nn.Module) -> Iterator[dict[str, Any]]:
 def _is_helper(value: Any) -> bool:
     """Whether it is an object that somebody's class made, of neither Python's libraries nor torch's."""
     made_by = type(value).__module__.partition(".")[0]
-    return made_by not in sys.stdlib_module_names | {"torch"} and hasattr(value, "__dict__") and not isinstance(
-        value, (type, nn.Module, torch.Tensor)
-    )
+    left = made_by in _NO_HELPERS or isinstance(value, (type, nn.Module, torch.Tensor))
+    return not left and hasattr(value, "__dict__")
 
 
 def _wrapped(value: Any, fqn: str, path: AttrPath, session: Session, depth: int) -> Any:

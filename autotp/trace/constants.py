@@ -116,6 +116,7 @@ class Constants:
         for value in written:
             for node in self._sharing(value):
                 del self.values[node]
+            self.written.discard(_memory(value))  # which other values may be in from now on
 
     def _sharing(self, value: torch.Tensor) -> list[fx.Node]:
         """The nodes whose values are in the same memory."""
