@@ -163,7 +163,7 @@ def test_known_values_that_are_written_to() -> None:
     assert torch.equal(replayed, model(x)) and replayed.shape == (3, 7)
     indexes = [n for n in found.graph.nodes if n.target is torch.ops.aten.index.Tensor]
     assert len(indexes) == 2
-    assert all(n.args[1][0] not in found.constants for n in indexes)  # it has two values, one after the other
+    assert all(n.args[1][1] not in found.constants for n in indexes)  # it has two values, one after the other
 
 
 def test_values_of_the_models_own_tensors_are_left_and_forgotten() -> None:
