@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -116,6 +117,14 @@ def _prepared(
     analysis = analyses[0]
     anchors = Anchors(traces[0])
     allow, require = overrides.apply(analysis, folds, model, tp)
+    runs = {scenario.name: scenario for scenario in wanted}
+    runs["unmasked"] = replace(runs[analysis.trace.scenario], name="unmasked")
+
+    @cache
+    def unmasked() -> Analysis:
+        """No choice of axes changes it."""
+        return analyse(_retrace(analysis.trace.module, runs["unmasked"]))
+
     excluded: dict[str, str] = {}
     attempts = 0
     while True:
@@ -131,7 +140,7 @@ def _prepared(
         rewriting: Rewriting | None = None
         failure: RewriteError | None = None
         try:
-            rewriting = _rewrite(analyses, choice, anchors, {s.name: s for s in wanted}, folds, tp, ranks, verify)
+            rewriting = _rewrite(analyses, choice, anchors, runs, unmasked, folds, tp, ranks, verify)
         except RewriteError as error:
             failure = error
         diff = rewriting.diff if rewriting is not None else ""
@@ -188,7 +197,8 @@ def _rewrite(
     analyses: Sequence[Analysis],
     choice: Choice,
     anchors: Anchors,
-    scenarios: Mapping[str, Scenario],
+    runs: Mapping[str, Scenario],
+    unmasked: Callable[[], Analysis],
     folds: Folds,
     tp: int,
     ranks: Sequence[int],
@@ -197,8 +207,7 @@ def _rewrite(
     base = analyses[0].trace.module
 
     def retrace(name: str) -> Callable[[nn.Module], Trace]:
-        s = scenarios[name]
-        return lambda rewritten: trace(rewritten, s.args, s.kwargs, s.name, training=s.training, run=s.run)
+        return lambda rewritten: _retrace(rewritten, runs[name])
 
     main = first_view(analyses[0], choice, anchors, retrace(analyses[0].trace.scenario))
     others = [
@@ -207,13 +216,14 @@ def _rewrite(
     ]
     enters = any(isinstance(step, Enter) for wrap in main.program.wraps for step in wrap.steps)
     if enters and is_transformers(base):  # a patch that runs only where there is a mask would be missed without one
-        first = analyses[0].trace.scenario
-        scenarios = {**scenarios, "unmasked": replace(scenarios[first], name="unmasked")}
-        found = analyse(retrace("unmasked")(base))
-        others.append(another_view(main, found, retrace("unmasked"), gradients=True))
+        others.append(another_view(main, unmasked(), retrace("unmasked"), gradients=True))
     if any(unlike(view, folds, tp) for view in (main, *(view for view, _ in others))):
         raise _UnlikeError
     return rewrite_and_verify(lambda: skeleton(base), main, others, tp, ranks, verify=verify)
+
+
+def _retrace(module: nn.Module, run: Scenario) -> Trace:
+    return trace(module, run.args, run.kwargs, run.name, training=run.training, run=run.run)
 
 
 def _culprits(analysis: Analysis, choice: Choice, error: RewriteError) -> list[Candidate]:

@@ -81,9 +81,9 @@ def media_inputs(model: Any) -> Iterator[dict[str, Any]]:
 def _fitting(model: Any, medium: _Medium, takes: Collection[str]) -> Iterator[_Offer]:
     """The shapes of a medium that the model makes features of."""
     token = _token(model, medium)
-    if token is None or not any(name in takes for name in medium.arguments):
-        return
     holders = _holders(model, medium)
+    if token is None or not holders:
+        return
     makes = _images if "pixel_values" in medium.arguments else _sounds
     for given in makes(model):
         known = {k: v for k, v in given.items() if k in takes}
