@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autotp.checkpoint.folder import read_json
-from autotp.prepare import Prepared, prepare
+from autotp.prepare import Prepared
 from autotp.trace.scenario import scenarios
+from tests.dist.planning import prepare_for_all
 from tests.models import MODELS
 from tests.models.case import randomize
 
@@ -125,7 +126,7 @@ def planned_once(name: str) -> Iterator[None]:
     def once(model: nn.Module, tp: int, **options: Any) -> Prepared:
         if (name, tp) not in _plans:
             with mock.patch("autotp.prepare.scenarios", lambda *args: scenarios(*args)[:1]):
-                _plans[name, tp] = prepare(model, tp, **options)
+                _plans[name, tp] = prepare_for_all(model, tp, **options)
         return _plans[name, tp]
 
     with mock.patch("autotp.carry.prepare", once), mock.patch("autotp.checkpoint.offline.prepare", once):

@@ -67,9 +67,13 @@ class Pool:
         self._folder: Path | None = None
         self._jobs = 0
 
-    def run(self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(
+        self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, one_plans: bool = False
+    ) -> list[Any]:
         """Run ``fn(*args)`` on ranks 0 .. world-1 and give back what each returned, in the order of the
         ranks.
+
+        With ``one_plans`` rank 0 plans for all: see `planned_by_one`.
         """
         if not 1 <= world <= WORKERS:
             raise ValueError(f"world must be 1 to {WORKERS}, not {world}")
@@ -82,7 +86,7 @@ class Pool:
         self._jobs += 1
         store = self._folder / f"store{self._jobs}"
         where = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
-        message = pickle.dumps((world, str(store), timeout, where, args))
+        message = pickle.dumps((world, str(store), timeout, where, args, one_plans))
         done: dict[int, worker.Outcome] = {}
         try:
             for rank in range(world):
@@ -183,9 +187,11 @@ def _report(
 _pool = Pool()
 
 
-def run(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run(
+    world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, one_plans: bool = False
+) -> list[Any]:
     """``Pool.run`` of the pool that the whole session shares."""
-    return _pool.run(world, fn, *args, timeout=timeout)
+    return _pool.run(world, fn, *args, timeout=timeout, one_plans=one_plans)
 
 
 def shared() -> Pool:

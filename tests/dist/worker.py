@@ -59,7 +59,7 @@ def _do(rank: int, job: bytes) -> Outcome:
     import torch.distributed as dist
 
     try:
-        world, store, timeout, where, args = pickle.loads(job)
+        world, store, timeout, where, args, one_plans = pickle.loads(job)
         # A process group of its own for each job: nothing that a job did to its groups can reach the next
         # one.
         dist.init_process_group(
@@ -70,13 +70,22 @@ def _do(rank: int, job: bytes) -> Outcome:
             timeout=timedelta(seconds=timeout + 30),  # the pool is the one that reports a hang
         )
         torch.manual_seed(0)
-        value = pickle.dumps(_find(*where)(*args))
+        with _planning(one_plans):
+            value = pickle.dumps(_find(*where)(*args))
         dist.barrier()  # no rank tears its connections down while another still uses them
         return Outcome(value=value)
     except BaseException as e:
         return Outcome(error=traceback.format_exc(), error_type=type(e).__name__, failed_at=time.monotonic())
     finally:
         _clean_up()
+
+
+def _planning(one_plans: bool) -> contextlib.AbstractContextManager[None]:
+    if not one_plans:
+        return contextlib.nullcontext()
+    from tests.dist.planning import planned_by_one
+
+    return planned_by_one()
 
 
 def _clean_up() -> None:

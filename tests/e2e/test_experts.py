@@ -95,7 +95,7 @@ def experts_of(placements: dict[str, str]) -> set[str]:
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_each_implementation(dist: Pool, kind: str, implementation: str, tp: int) -> None:
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
-    for problems, placements in dist.run(tp, compared, kind, implementation, dtype):
+    for problems, placements in dist.run(tp, compared, kind, implementation, dtype, one_plans=True):
         assert problems == ()
         assert "replicate" not in experts_of(placements)
 
@@ -106,7 +106,7 @@ def test_each_implementation(dist: Pool, kind: str, implementation: str, tp: int
 )
 def test_biases_and_shared_experts(dist: Pool, kind: str, implementation: str) -> None:
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
-    for problems, placements in dist.run(2, compared, kind, implementation, dtype):
+    for problems, placements in dist.run(2, compared, kind, implementation, dtype, one_plans=True):
         assert problems == ()
         assert "replicate" not in experts_of(placements)
         shared = {p for name, p in placements.items() if "shared_expert" in name and "expert_gate" not in name}
@@ -115,7 +115,7 @@ def test_biases_and_shared_experts(dist: Pool, kind: str, implementation: str) -
 
 def test_a_loop_with_biases_stays_whole(dist: Pool) -> None:
     """The loop is traced as batched products, where a bias is added once: the loop's own code has no such place."""
-    for problems, placements in dist.run(2, compared, "gpt_oss", "eager", torch.float64):
+    for problems, placements in dist.run(2, compared, "gpt_oss", "eager", torch.float64, one_plans=True):
         assert problems == ()
         assert experts_of(placements) == {"replicate"}
         assert placements["model.layers.0.self_attn.q_proj.weight"] == "column"
@@ -123,7 +123,7 @@ def test_a_loop_with_biases_stays_whole(dist: Pool) -> None:
 
 def test_widths_that_the_kernel_takes(dist: Pool) -> None:
     """Of 52 floats, 13 units of 16 bytes, four ranks get 16, 12, 12 and 12; three ranks cannot share 8."""
-    for problems, placements in dist.run(4, compared, "mixtral", "grouped_mm", torch.float32):
+    for problems, placements in dist.run(4, compared, "mixtral", "grouped_mm", torch.float32, one_plans=True):
         assert problems == ()
         assert "replicate" not in experts_of(placements)
     model = build("mixtral", "grouped_mm", torch.float32)

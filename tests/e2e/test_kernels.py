@@ -140,7 +140,7 @@ def shares(n: int, tp: int) -> list[int]:
     [(2, "mine", readable), (3, "mine", opaque), (2, "flash_attention_2", opaque), (3, "flash_attention_2", opaque)],
 )
 def test_a_kernel_gets_local_heads(dist: Pool, tp: int, name: str, function: Any) -> None:
-    found = dist.run(tp, compared, name, function, "llama")
+    found = dist.run(tp, compared, name, function, "llama", one_plans=True)
     assert [f["problems"] for f in found] == [()] * tp
     assert [f["heads"] for f in found] == [{(2 * kv, kv)} for kv in shares(KV_HEADS, tp)]
     said = [[n for n in f["notes"] if "cannot be traced on a CPU" in n and repr(name) in n] for f in found]
@@ -148,7 +148,7 @@ def test_a_kernel_gets_local_heads(dist: Pool, tp: int, name: str, function: Any
 
 
 def test_more_ranks_than_kv_heads(dist: Pool) -> None:
-    found = dist.run(4, two_kv_heads)
+    found = dist.run(4, two_kv_heads, one_plans=True)
     assert [f["problems"] for f in found] == [()] * 4
     assert [f["heads"] for f in found] == [{(2, 1)}] * 4
 
@@ -194,7 +194,7 @@ def sinks_compared() -> dict[str, Any]:
 @pytest.mark.parametrize("tp", [3])
 def test_sinks_go_with_their_heads(dist: Pool, tp: int) -> None:
     """The model has no sdpa: its twin is eager, which uses the sinks."""
-    found = dist.run(tp, sinks_compared)
+    found = dist.run(tp, sinks_compared, one_plans=True)
     assert [f["problems"] for f in found] == [()] * tp
     assert [f["sinks"] for f in found] == [2 * kv for kv in shares(KV_HEADS, tp)]
 

@@ -72,7 +72,7 @@ def test_the_embeddings_mean_something() -> None:
 @pytest.mark.parametrize("tp", [2, 3, 4])
 def test_embeddings(dist: Pool, tp: int) -> None:
     total = sum(p.numel() for p in load()[0].parameters())
-    for error, local, same in dist.run(tp, embed_sharded):
+    for error, local, same in dist.run(tp, embed_sharded, one_plans=True):
         assert error <= TOLERANCE
         assert local < 1.02 * total / tp
         assert same

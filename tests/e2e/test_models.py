@@ -140,13 +140,13 @@ def test_two_ranks(dist: Pool, name: str) -> None:
 def test_three_ranks(dist: Pool, name: str) -> None:
     """Heads 3, 3, 2 and other uneven widths; transformers models find their example inputs by themselves."""
     guessed = hasattr(MODELS[name].build(), "config") and name != "nanogpt"
-    check(name, dist.run(3, compare, name, MODELS[name].variants[0], guessed))
+    check(name, dist.run(3, compare, name, MODELS[name].variants[0], guessed, one_plans=True))
 
 
 # The long ones are compared on two and three ranks, and in their variants.
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "bart")])
 def test_four_ranks(dist: Pool, name: str) -> None:
-    check(name, dist.run(4, compare, name, MODELS[name].variants[0]))
+    check(name, dist.run(4, compare, name, MODELS[name].variants[0], one_plans=True))
 
 
 # The other variants where their code or their partition differs: eager attention repeats the kv heads, and 2 kv
@@ -172,4 +172,4 @@ FLOAT32_NORM = 1e-6
 def test_variants(dist: Pool, name: str, variant: dict[str, object], tp: int) -> None:
     rtol = FLOAT32_NORM if name == "qwen3" else RTOL
     known = UNUSED_MEAN if "need_weights" in variant else ()
-    check(name, dist.run(tp, compare, name, variant, False, rtol), known)
+    check(name, dist.run(tp, compare, name, variant, False, rtol, one_plans=True), known)

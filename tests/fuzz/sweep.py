@@ -29,13 +29,16 @@ def batches(seeds: Sequence[int], tp: int | None = None, size: int = BATCH) -> l
     ]
 
 
-def run_batch(pool: Pool, tp: int, seeds: Sequence[int], fault: str | None = None) -> list[Found]:
+def run_batch(
+    pool: Pool, tp: int, seeds: Sequence[int], fault: str | None = None, one_plans: bool = False
+) -> list[Found]:
     """The worst that a rank found, for each model. Where the job fails, every model gets one of its own."""
     try:
-        ranks = pool.run(tp, check_all, list(seeds), tp, fault, timeout=SECONDS * len(seeds) ** 0.5)
+        limit = SECONDS * len(seeds) ** 0.5
+        ranks = pool.run(tp, check_all, list(seeds), tp, fault, timeout=limit, one_plans=one_plans)
     except (RankFailed, JobTimeout) as error:
         if len(seeds) > 1:
-            return [found for seed in seeds for found in run_batch(pool, tp, [seed], fault)]
+            return [found for seed in seeds for found in run_batch(pool, tp, [seed], fault, one_plans)]
         return [Found(seeds[0], tp, "crash", str(error))]
     return [_worst(found) for found in zip(*ranks, strict=True)]
 

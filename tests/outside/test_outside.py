@@ -61,7 +61,7 @@ def run(dist: Pool, tp: int, table: str, *patterns: str) -> list[Outcome]:
         if not patterns or any(fnmatchcase(case.id(variant), p) for p in patterns)
     ]
     assert names
-    found = dist.run(tp, compare_all, TABLES[table], tuple(names))
+    found = dist.run(tp, compare_all, TABLES[table], tuple(names), one_plans=True)
     check(found, names)
     for outcome in found[0]:
         print(f"tp={tp} {outcome}")

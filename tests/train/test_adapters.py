@@ -136,7 +136,7 @@ def lora(folder: str) -> None:
 
 
 def test_lora(dist: Pool, tmp_path: Any) -> None:
-    dist.run(2, lora, str(tmp_path))
+    dist.run(2, lora, str(tmp_path), one_plans=True)
 
 
 def transposed() -> None:
@@ -149,7 +149,7 @@ def transposed() -> None:
 
 
 def test_transposed(dist: Pool) -> None:
-    dist.run(3, transposed)
+    dist.run(3, transposed, one_plans=True)
 
 
 # --- any module ---

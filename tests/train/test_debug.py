@@ -102,4 +102,4 @@ def traced_and_hanging(model: nn.Module) -> None:
 
 
 def test_aids(dist: Pool) -> None:
-    dist.run(2, aids)
+    dist.run(2, aids, one_plans=True)

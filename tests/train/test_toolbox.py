@@ -94,7 +94,7 @@ def refused(pair: Pair) -> None:
 
 
 def test_llama(dist: Pool) -> None:
-    dist.run(2, llama)
+    dist.run(2, llama, one_plans=True)
 
 
 def subgroups() -> None:
@@ -131,7 +131,7 @@ def average(model: nn.Module, ids: list[Tensor]) -> list[float]:
 
 
 def test_kv_heads_in_subgroups(dist: Pool) -> None:
-    dist.run(4, subgroups)
+    dist.run(4, subgroups, one_plans=True)
 
 
 def gpt2() -> None:
@@ -160,7 +160,7 @@ def frozen(model: nn.Module, ids: list[Tensor]) -> list[float]:
 
 
 def test_gpt2(dist: Pool) -> None:
-    dist.run(2, gpt2)
+    dist.run(2, gpt2, one_plans=True)
 
 
 def autocast() -> None:
@@ -200,4 +200,4 @@ def scaled(model: nn.Module, ids: list[Tensor]) -> list[float]:
 
 
 def test_autocast(dist: Pool) -> None:
-    dist.run(2, autocast)
+    dist.run(2, autocast, one_plans=True)

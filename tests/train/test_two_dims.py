@@ -72,4 +72,4 @@ def same_training(
 
 
 def test_llama_with_q_norms(dist: Pool) -> None:
-    dist.run(4, two_dims, "qwen3")
+    dist.run(4, two_dims, "qwen3", one_plans=True)
