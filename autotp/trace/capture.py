@@ -6,12 +6,14 @@ weight is read, so a model on the meta device traces like any other.
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -100,6 +102,10 @@ class _Work:
 
     def attempt(self, session: Session | None, exclude: frozenset[type] = frozenset()) -> Trace:
         """Trace once; without a session, all integers are plain."""
+        with _same_draws():
+            return self._attempt(session, exclude)
+
+    def _attempt(self, session: Session | None, exclude: frozenset[type]) -> Trace:
         self.failed_in = None
         self.checked.clear()
         mode = fake_mode()
@@ -226,6 +232,20 @@ def _is_known(tensor: torch.Tensor, floating: bool = False) -> bool:
     """Whether the values are taken along: small ones, of a buffer integers alone."""
     plain = not tensor.is_complex() and (floating or not tensor.is_floating_point())
     return plain and tensor.device.type == "cpu" and tensor.numel() <= LARGEST
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """What the forward draws outside of torch (masks of SpecAugment, with NumPy) is the same in every trace, of the
+    whole model and of a rank's, and the next draws are as if there had been no trace."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextmanager

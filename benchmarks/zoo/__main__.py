@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
+import gc
 import json
 import multiprocessing
 import shutil
@@ -50,6 +51,7 @@ from .peers import PEERS, compare_peer
 KINDS = ("exact", "partial", "refused", "wrong", "crash", "unbuildable")
 US = "autotp"
 GENERATIVE = ("causal-lm", "seq2seq")
+COLLECT_AFTER = 20_000  # new objects: a trace makes many that stay, and collections of garbage look at all of them
 
 
 def quietly(out: Connection, name: str, cls: Any, work: Callable[[], Result]) -> None:
@@ -201,6 +203,7 @@ def main(
     jobs: int, limit: float, out: Path | None,
 ) -> None:  # fmt: skip
     transformers.logging.set_verbosity_error()
+    gc.set_threshold(COLLECT_AFTER)
     options: dict[str, Any] = {}
     if heads is not None:
         options["num_attention_heads"] = heads

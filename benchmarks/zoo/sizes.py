@@ -177,7 +177,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minicpmv4_6": {"image_token_id": 98},
     "minicpmv4_7": {"image_token_id": 98},
     "minicpm_ocr": {"image_token_id": 98},
-    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [96, 64], "global_attn_indexes": [0]},
+    **{
+        f"{name}_sam_vision_model": {"downsample_channels": [96, 64], "global_attn_indexes": [0]}
+        for name in ("deepseek_ocr2", "unlimited_ocr")
+    },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots3_note_vision_encoder": {
@@ -234,8 +237,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "convnextv2": {"image_size": 64},
     **{name: {"image_size": 128, "patch_size": 4, "window_size": 4} for name in ("swin", "swinv2", "donut-swin")},
     # one pooling head after 12 layers and more, in the real ones
-    "siglip_vision_model": {"num_hidden_layers": 8},
-    "siglip2_vision_model": {"num_hidden_layers": 8},
+    "siglip_vision_model": {"num_hidden_layers": 12},
+    "siglip2_vision_model": {"num_hidden_layers": 12},
     "aria": {"projector_patch_to_query_dict": {16: 3}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 4], "depths": [1, 1, 1]},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+import autotp
 from autotp.errors import TraceError
 from autotp.trace.attributes import int_attributes
 from autotp.trace.capture import trace
@@ -173,6 +176,30 @@ def test_values_of_the_models_own_tensors_are_left_and_forgotten() -> None:
     with pytest.raises(TraceError, match="depends on values of a tensor"):
         trace(model, (x,))
     assert model.kept.tolist() == [1, 2]
+
+
+class Drawing(nn.Module):
+    """Drops what it draws outside of torch, as SpecAugment does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(7, 12)
+        self.down = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = torch.tensor(np.random.rand(len(x)) < 0.5)
+        scale = torch.tensor([random.random() for _ in range(5)])
+        return torch.where(dropped[:, None], 0.0, self.down(self.up(x))) * scale
+
+
+def test_draws_outside_of_torch_are_the_same_in_every_trace() -> None:
+    model, x = Drawing(), torch.randn(40, 7)
+    before = random.getstate(), str(np.random.get_state())
+    first, again = ([c.tolist() for c in trace(model, (x,)).constants.values()] for _ in range(2))
+    assert first == again and {len(values) for values in first} == {40, 5}
+    assert (random.getstate(), str(np.random.get_state())) == before
+    plan = autotp.plan(model, 2, example_inputs=(x,))  # a rank's own trace is held against that of the whole model
+    assert {e.placement for e in plan.entries if e.name.endswith("weight")} == {"column", "row"}
 
 
 class Table:
