@@ -187,7 +187,7 @@ class LeafInside:
             raise Differs(f"takes its input after {show_steps(steps)}, planned was {show_steps(planned)}")
         if values[by_root[self.c.roots[main.weight]]].steps:
             raise Differs("does something to its weight")
-        want, have = self.c.operand_shape(main.source), shape_of(mine) or ()
+        want, have = self.c.whole.operand_shape(main.source), shape_of(mine) or ()
         if self.kind in ("linear", "conv1d"):
             want, have = want[-1:], have[-1:]
         if want != have:

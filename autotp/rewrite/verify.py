@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,13 @@ from ..trace.graph import Call, ModuleCall, Trace
 from ..trace.memory import storages
 from ..trace.provenance import expression, sizes_in
 from .anchors import Anchors
-from .bind import Rank, describe, group_name
+from .bind import Rank, group_name
 from .leaves import Differs, LeafInside
-from .planned import planned_steps, sharded_parameters
+from .numbering import Numbering, PlannedSteps, collapsed, constant_key, operand_roots
+from .planned import sharded_parameters
 from .program import Program
-from .steps import Mask, Step
 from .values import (
     Shape,
-    Steps,
     Value,
     is_lookup,
     is_random,
@@ -57,14 +56,6 @@ from .values import (
     tensor_args,
 )
 from .wanted import local_args
-
-#: Ops that leave row-major data as it is, whatever their arguments.
-_RESHAPES = frozenset(
-    "view reshape _unsafe_view unsqueeze squeeze flatten unflatten contiguous clone alias detach lift_fresh_copy "
-    "view_as reshape_as ravel".split()
-)
-#: Ops that do so where the shape (and dtype) of their result is that of their operand.
-_MAYBE = frozenset("expand expand_as to _to_copy type_as slice repeat".split())
 
 
 class Verifier:
@@ -128,102 +119,12 @@ class Comparison:
         self.analysis = verifier.analysis
         self.local = local
         self.rank = rank
-        self.planned = _PlannedSteps(verifier, rank)
+        self.planned = PlannedSteps(verifier, rank)
         self.with_gradient = differentiable(local) if verifier.gradients else frozenset()
-        self.roots: dict[fx.Node, tuple[object, int]] = {}
-        self.by_key: dict[object, list[fx.Node]] = defaultdict(list)
+        self.whole = Numbering(verifier, rank)
+        self.roots = self.whole.roots
         self.serial: dict[object, int] = defaultdict(int)
         self.param_names = {node: self.reference.aliases.get(fqn, fqn) for fqn, node in local.params.items()}
-        self._number_reference()
-
-    # ---- the reference ---------------------------------------------------------------------------
-
-    def _number_reference(self) -> None:
-        constants = self.reference.constants
-        first: dict[object, tuple[object, int]] = {}
-        for fqn, node in self.reference.params.items():
-            self.roots[node] = (("param", fqn), 0)
-        for i, port in enumerate(self.reference.inputs):
-            self.roots[port.node] = (("input", i), 0)
-        for node in self.reference.graph.nodes:
-            if node.op == "get_attr":
-                self.roots[node] = (_constant_key(self.reference.graph, node, constants), 0)
-            if node.op != "call_function":
-                continue
-            source = self._collapsed(node, lambda n: self._local_shape(n))
-            if source is not None:
-                self.roots[node] = self.roots[source]
-                continue
-            if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-                self.roots[node] = (self.roots[node.args[0]][0], item_of(node))
-                continue
-            self.roots[node] = (node, 0)
-            if self._in_leaf(node):
-                continue
-            key = self._reference_key(node)
-            if self._is_plain(node):
-                self.roots[node] = first.setdefault((key, repr(plain((node.args, node.kwargs)))), (node, 0))
-            self.by_key[key].append(node)
-
-    def _is_plain(self, node: fx.Node) -> bool:
-        """Whether the op has one value whenever it runs, whole on every rank and without a gradient: then it is one
-        value, as often as it is made (positions for each kind of layer, in the order of a set, which copies of the
-        model need not have)."""
-        dims = self.analysis.dims.get(node)
-        if dims is None or is_random(node) or node in self.v.differentiable:
-            return False
-        split = self.rank.partition.ranges
-        if any(atom.id in split for out in dims for dim in out for atom in atoms_of(dim)):
-            return False
-        if node in self.v.choice.communication.partial:
-            return False
-        return self.v.written.isdisjoint(s for n in (node, *node.all_input_nodes) for s in storages(n))
-
-    def _in_leaf(self, node: fx.Node) -> bool:
-        leaf = self.v.anchors.leaf_of(node)
-        return leaf is not None and leaf in self.v.leaves
-
-    def _local_shape(self, node: fx.Node) -> Shape | None:
-        """The shape, on this rank, of what the op itself makes (what it computes whole is whole)."""
-        dims = self.analysis.dims.get(node)
-        if dims is None or not dims:
-            return None
-        info = self.analysis.ops.get(node)
-        whole = info.whole_out if info is not None else frozenset()
-        value = node.meta["val"]
-        sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else None
-        return tuple(
-            sizes[d] if sizes is not None and (0, d) in whole else self.rank.size(dim)
-            for d, dim in enumerate(dims[0])
-        )
-
-    def operand_shape(self, edge: Edge) -> Shape:
-        return self.rank.shape(self.analysis.ops[edge.consumer].operands[edge.operand].dims)
-
-    @staticmethod
-    def _collapsed(node: fx.Node, shape_of: Any) -> fx.Node | None:
-        """The operand whose row-major data this op passes on unchanged."""
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or not node.args
-            or not isinstance(node.args[0], fx.Node)
-        ):
-            return None
-        name = node.target._schema.name.split("::")[-1]
-        source = node.args[0]
-        before, after = source.meta.get("val"), node.meta.get("val")
-        if (
-            not isinstance(before, torch.Tensor)
-            or not isinstance(after, torch.Tensor)
-            or before.dtype != after.dtype
-        ):
-            return None
-        if name in _RESHAPES or (name in _MAYBE and shape_of(source) == shape_of(node)):
-            return source
-        return None
-
-    def _reference_key(self, node: fx.Node) -> object:
-        return (node.target, tuple(_operand_roots(node, self.roots)))
 
     # ---- the local graph -------------------------------------------------------------------------
 
@@ -248,7 +149,7 @@ class Comparison:
                 values.update(self._inside_leaf(call, nodes[call.first : call.last], values))
                 done = call.last
             elif node.op == "get_attr":
-                values[node] = Value(_constant_key(self.local.graph, node, self.local.constants), 0, ())
+                values[node] = Value(constant_key(self.local.graph, node, self.local.constants), 0, ())
             elif node.op == "call_function":
                 values[node] = self._value_of(node, values, shapes)
         self._check_outputs(values)
@@ -283,7 +184,7 @@ class Comparison:
         if node.target is operator.getitem and source is not None:
             value = values[source]
             return Value(value.root, item_of(node), value.steps)
-        same = self._collapsed(node, shapes.__getitem__)
+        same = collapsed(node, shapes.__getitem__)
         if same is not None:
             return values[same]
         return self._match(node, values)
@@ -294,8 +195,8 @@ class Comparison:
         if missing:
             raise self._error(node, f"reads {missing[0].name}, which stands for no value of the whole model")
         target = torch.ops.aten.embedding.default if is_lookup(node) else node.target
-        key = (target, tuple(_operand_roots(node, roots)))
-        twins = self.by_key.get(key, [])
+        key = (target, tuple(operand_roots(node, roots)))
+        twins = self.whole.by_key.get(key, [])
         if not twins:
             raise self._error(
                 node, "has no counterpart in the whole model: other operands, or another branch"
@@ -336,10 +237,10 @@ class Comparison:
                 return (
                     f"gets {operand.node.name} after {show_steps(steps)}, planned was {show_steps(planned)}"
                 )
-            want, have = self.operand_shape(edge), shape_of(mine)
+            want, have = self.whole.operand_shape(edge), shape_of(mine)
             if have is not None and operand.output == 0 and want != have:
                 return f"gets {operand.node.name} with shape {have}, planned was {want}"
-        want_shape = self._local_shape(twin)
+        want_shape = self.whole.local_shape(twin)
         have_shape = shape_of(node)
         if (
             isinstance(node.meta.get("val"), torch.Tensor)
@@ -437,71 +338,8 @@ class Comparison:
         )
 
 
-class _PlannedSteps:
-    """The steps that a value has gone through when it reaches a use, by plan."""
-
-    def __init__(self, verifier: Verifier, rank: Rank) -> None:
-        self.after, self.before, self.output = planned_steps(verifier.analysis, verifier.choice)
-        self.rank = rank
-        self.v = verifier
-        self._cache: dict[fx.Node, Steps] = {}
-
-    def _described(self, steps: Sequence[Step]) -> Steps:
-        return tuple(describe(step, self.rank) for step in steps)
-
-    def of(self, node: fx.Node) -> Steps:
-        """Steps since the op that made the data of ``node``, through the chain of reshapes up to and after ``node``."""
-        if node not in self._cache:
-            source = None
-            if node.op == "call_function":
-                source = Comparison._collapsed(node, self._shape)
-                if source is None and node.target is operator.getitem:
-                    source = node.args[0] if isinstance(node.args[0], fx.Node) else None
-            inherited: Steps = ()
-            if source is not None:
-                inherited = self.of(source)
-                edge = next((e for e in self.before if e.consumer is node and e.producer is source), None)
-                if edge is not None:
-                    inherited += self._described(self.before[edge])
-            self._cache[node] = inherited + self._described(self.after.get(node, ()))
-        return self._cache[node]
-
-    def _shape(self, node: fx.Node) -> Shape | None:
-        dims = self.v.analysis.dims.get(node)
-        return self.rank.shape(dims[0]) if dims else None
-
-    def on_edge(self, edge: Edge) -> Steps:
-        own = self.before.get(edge, ())
-        if edge in self.v.choice.communication.masked and Mask() not in own:  # a bias, say
-            own = (*own, Mask())
-        return self.of(edge.producer) + self._described(own)
-
-    def after_node(self, node: fx.Node) -> Steps:
-        return self._described(self.after.get(node, ()))
-
-    def at_output(self, node: fx.Node) -> Steps:
-        return self.of(node) + self._described(self.output.get(node, ()))
-
-
-def _operand_roots(node: fx.Node, roots: dict[fx.Node, tuple[object, int]]) -> Iterator[object]:
-    for path, operand in tensor_args(node):
-        yield path, roots[operand]
-
-
 def _slice_of(args: Any, shape: Shape) -> tuple[int, int, int, int]:
     positional = list(args[0]) + [None] * 5
     dim = int(positional[1] or 0) % len(shape)
     start, stop, step = slice(positional[2], positional[3], positional[4] or 1).indices(shape[dim])
     return dim, start, stop, step
-
-
-def _constant_key(graph: fx.Graph, node: fx.Node, constants: Any) -> object:
-    value = constants.get(node)
-    if value is None and graph.owning_module is not None:
-        value = getattr(graph.owning_module, str(node.target), None)
-    if isinstance(value, torch.Tensor) and value.device.type != "meta":
-        try:
-            return ("constant", tuple(value.shape), value.dtype, tuple(value.flatten().tolist()))
-        except (RuntimeError, NotImplementedError):
-            pass
-    return ("constant", str(node.target))

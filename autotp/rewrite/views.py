@@ -116,7 +116,6 @@ def _infeasible(flow: Flow, found: Iterable[Candidate], gradients: bool) -> froz
     return frozenset(bad)
 
 
-
 def _only_where(anchors: Anchors, program: Program) -> Places:
     """Reduces only where the program has one already; and gradient sums there, among places that cost the same."""
     leaves = {leaf.fqn for leaf in program.leaves if any(isinstance(s, AllReduce) for s in leaf.after)}
