@@ -99,6 +99,16 @@ class Anchors:
             for port in call.outputs:
                 self.outputs[port.node].append((call, port.path))
 
+    def alike(self, first: Barred, others: Iterable[Barred]) -> frozenset[Barred]:
+        """``first``, and those of the others that are the same place in the code, of another layer, say."""
+
+        def code(place: Barred) -> object:
+            if isinstance(place, Boundary):
+                return type(self.modules[place.fqn]), place.side, place.path
+            return place[1:]
+
+        return frozenset((first, *(place for place in others if code(place) == code(first))))
+
     def leaf_of(self, node: fx.Node) -> str | None:
         """The swappable leaf module inside which ``node`` was made, or None."""
         fqn: str = node.meta.get("module", "")

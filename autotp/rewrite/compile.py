@@ -332,10 +332,13 @@ class _Compiler:
             )
         hooks = {b: agree(b, by_call) for b, by_call in self.draft.hooks.items()}
         failed += self._uneven_wraps()
-        if failed:  # those places that another plan can do without, at once
+        if failed:
             first = next((error for error in failed if not error.places), failed[0])
-            if first.places:
-                first.places = frozenset(place for error in failed for place in error.places)
+            everywhere = [place for error in failed for place in error.places]
+            # all layers at once; but other code may do with these places, once the first is left out
+            first.places = frozenset(
+                place for own in first.places for place in self.anchors.alike(own, everywhere)
+            )
             raise first
         wraps = tuple(
             Wrap(module, frames, operand, tuple(next(iter(by_call.values()))), self.draft.wrap_share.get(key))

@@ -23,7 +23,7 @@ from ..plan.planner import Choice
 from ..plan.price import FINE
 from ..plan.reductions import Flow
 from ..trace.graph import Trace
-from .anchors import Anchors, Boundary
+from .anchors import Anchors, Barred, Boundary
 from .bind import Rank, describe
 from .compile import compile_program
 from .program import Program, Wrap
@@ -209,7 +209,7 @@ def merged(main: View, others: Iterable[tuple[View, Mapping[Atom, Atom]]], tp: i
             elif boundary.fqn in ran and not same(a, b):
                 unlike.append(boundary)
         if unlike:
-            raise _conflict(view, unlike[0].fqn, elsewhere, *unlike)
+            raise _conflict(view, unlike[0].fqn, elsewhere, *view.anchors.alike(unlike[0], unlike))
         wraps = {(w.module, w.frames, w.operand): w for w in program.wraps}
         for wrap in view.program.wraps:
             known = wraps.get((wrap.module, wrap.frames, wrap.operand))
@@ -235,7 +235,7 @@ def _gathered_elsewhere(view: View, program: Program) -> frozenset[str]:
     return frozenset(c.key for c in view.choice.candidates if not atoms.isdisjoint(c.atoms))
 
 
-def _conflict(view: View, fqn: str, keys: frozenset[str], *places: Boundary) -> RewriteError:
+def _conflict(view: View, fqn: str, keys: frozenset[str], *places: Barred) -> RewriteError:
     return RewriteError(
         f"{fqn or 'the root module'}: scenario {view.name!r} would need other communication there than the forward",
         fqn,
