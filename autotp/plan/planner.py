@@ -109,7 +109,7 @@ def choose(
         atoms = {a for c in chosen for a in c.atoms}
         if all(atoms & wanted for wanted in required):
             sets.append((bytes_of(chosen), chosen))
-    sets.sort(key=lambda s: (-s[0], [c.key for c in s[1]]))
+    sets.sort(key=_by_bytes)
     sets, cut_off = _repaired(sets, classes, Refusals(analysis, flow), weights)
     if sets and sum(size >= (1 - tolerance) * sets[0][0] for size, _ in sets) > MOST_SETS:
         sets, cut_off = _thinned(sets, classes, against, bytes_of), True
@@ -156,6 +156,12 @@ def choose(
     return Choice(best.candidates, best.communication, best.sharded_bytes, total, not cut_off)
 
 
+def _by_bytes(found: tuple[float, tuple[Candidate, ...]]) -> tuple[float, list[str]]:
+    """Most bytes first."""
+    size, chosen = found
+    return -size, [c.key for c in chosen]
+
+
 def _repaired(
     sets: list[tuple[float, tuple[Candidate, ...]]],
     classes: Mapping[str, tuple[Candidate, ...]],
@@ -175,7 +181,7 @@ def _repaired(
         elif kept not in found:
             rest = tuple(c for key in kept for c in classes[key])
             found[kept] = weights.sharded(rest), rest
-    ordered = sorted(found.values(), key=lambda s: (-s[0], [c.key for c in s[1]]))
+    ordered = sorted(found.values(), key=_by_bytes)
     return ordered, len(sets) > MOST_REPAIRED
 
 
@@ -185,7 +191,8 @@ def _thinned(
     against: Mapping[Candidate, frozenset[Candidate]],
     bytes_of: Callable[[Iterable[Candidate]], float],
 ) -> list[tuple[float, tuple[Candidate, ...]]]:
-    """The sets that lose next to no bytes in any part of the model against the best set there."""
+    """The sets that lose next to no bytes in any part of the model against the best set there; where each of them loses
+    some, those put together of the best that any has in each part."""
     graph: nx.Graph = nx.Graph()
     graph.add_nodes_from(classes)
     home = {c: key for key, members in classes.items() for c in members}
@@ -196,6 +203,7 @@ def _thinned(
     graph.remove_nodes_from(hubs)
     part_of = {key: i for i, part in enumerate(nx.connected_components(graph)) for key in part}
     best: dict[tuple[frozenset[str], int], float] = defaultdict(float)
+    best_keys: dict[frozenset[str], dict[int, set[str]]] = defaultdict(dict)
     described = []
     for size, chosen in sets:
         members: dict[int, list[Candidate]] = defaultdict(list)
@@ -205,13 +213,22 @@ def _thinned(
         branch = frozenset(home[c] for c in chosen if home[c] in hubs)
         sizes = {part: bytes_of(members[part]) for part in set(part_of.values())}
         for part, own in sizes.items():
-            best[branch, part] = max(best[branch, part], own)
+            if own > best[branch, part]:
+                best[branch, part] = own
+                best_keys[branch][part] = {home[c] for c in members[part]}
         described.append((size, chosen, branch, sizes))
-    return [
+    near = [
         (size, chosen)
         for size, chosen, branch, sizes in described
         if all(own >= (1 - PART_TOLERANCE) * best[branch, part] for part, own in sizes.items())
     ]
+    if near:
+        return near
+    together = [
+        tuple(c for key in sorted(branch.union(*parts.values())) for c in classes[key])
+        for branch, parts in best_keys.items()
+    ]
+    return sorted(((bytes_of(chosen), chosen) for chosen in together), key=_by_bytes)
 
 
 def _possible(
@@ -235,7 +252,7 @@ def _possible(
         return sets
     alone = {c for members in classes.values() if fails(members) for c in members}
     kept = {tuple(c for c in chosen if c not in alone): None for _, chosen in sets}
-    return sorted(((bytes_of(k), k) for k in kept), key=lambda s: (-s[0], [c.key for c in s[1]]))
+    return sorted(((bytes_of(k), k) for k in kept), key=_by_bytes)
 
 
 def _promising(
@@ -344,16 +361,18 @@ def _classes(
 def _maximal_sets(
     classes: Mapping[str, tuple[Candidate, ...]], against: Mapping[Candidate, frozenset[Candidate]]
 ) -> Iterable[list[str]]:
+    """All of them, as lists of keys, in an order that is the same in every process: numbers stand for the keys, whose
+    hashes are another in each."""
+    names = list(classes)
     compatible: nx.Graph = nx.Graph()
-    compatible.add_nodes_from(classes)
-    for a, b in itertools.combinations(classes, 2):
-        others = set(classes[b])
-        if not any(against[c] & others for c in classes[a]):
+    compatible.add_nodes_from(range(len(names)))
+    for a, b in itertools.combinations(range(len(names)), 2):
+        others = set(classes[names[b]])
+        if not any(against[c] & others for c in classes[names[a]]):
             compatible.add_edge(a, b)
-    if not classes:
+    if not names:
         return iter([[]])
-    cliques: Iterable[list[str]] = nx.find_cliques(compatible)
-    return cliques
+    return ([names[i] for i in clique] for clique in nx.find_cliques(compatible))
 
 
 class Weights:
