@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import marshal
 import pickle
@@ -34,17 +36,16 @@ def prepare_for_all(model: nn.Module, tp: int, *, mesh: DeviceMesh | None = None
     """`prepare`, on the first rank of ``mesh`` for every rank; collective."""
     if mesh is None:
         return prepare(model, tp, **options)
+    found: Prepared | None = None
     sent: list[bytes | None] = [None]
     if mesh.get_local_rank() == 0:
-        try:
-            sent = [_pickled(prepare(model, tp, **options))]
-        except AutoTPError:
-            pass
+        with contextlib.suppress(AutoTPError):
+            found = prepare(model, tp, **options)
+            sent = [_pickled(found)]
     dist.broadcast_object_list(sent, group=mesh.get_group(), group_src=0)
     if sent[0] is None:
         return prepare(model, tp, mesh=mesh, **options)
-    found: Prepared = pickle.loads(sent[0])
-    return found
+    return found if found is not None else _Unpickler(io.BytesIO(sent[0])).load()
 
 
 def _pickled(prepared: Prepared) -> bytes:
@@ -54,9 +55,20 @@ def _pickled(prepared: Prepared) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Also of code: patches name the functions that they change by it, and compare it by its value."""
+    """Also of code, by which patches name the functions that they change."""
 
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, types.CodeType):
-            return marshal.loads, (marshal.dumps(value),)
-        return NotImplemented
+    def persistent_id(self, value: Any) -> bytes | None:
+        return marshal.dumps(value) if isinstance(value, types.CodeType) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Code becomes that of the function here which has the same."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        codes = [f.__code__ for f in gc.get_objects() if type(f) is types.FunctionType]
+        self.codes = {(code.co_filename, code): code for code in codes}
+
+    def persistent_load(self, data: bytes) -> types.CodeType:
+        code = marshal.loads(data)
+        return self.codes.get((code.co_filename, code), code)
