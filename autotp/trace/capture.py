@@ -89,6 +89,20 @@ def trace(
         return replace(plain, notes=(*plain.notes, note[:300]))
 
 
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """What the forward draws outside of torch (masks of SpecAugment, with NumPy) is the same in every trace, of the
+    whole model and of a rank's, and the next draws are as if there had been no trace."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 @dataclass
 class _Work:
     module: nn.Module
@@ -100,12 +114,9 @@ class _Work:
     checked: list[torch.Tensor]
     failed_in: str | None = None
 
+    @_same_draws()
     def attempt(self, session: Session | None, exclude: frozenset[type] = frozenset()) -> Trace:
         """Trace once; without a session, all integers are plain."""
-        with _same_draws():
-            return self._attempt(session, exclude)
-
-    def _attempt(self, session: Session | None, exclude: frozenset[type]) -> Trace:
         self.failed_in = None
         self.checked.clear()
         mode = fake_mode()
@@ -232,20 +243,6 @@ def _is_known(tensor: torch.Tensor, floating: bool = False) -> bool:
     """Whether the values are taken along: small ones, of a buffer integers alone."""
     plain = not tensor.is_complex() and (floating or not tensor.is_floating_point())
     return plain and tensor.device.type == "cpu" and tensor.numel() <= LARGEST
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """What the forward draws outside of torch (masks of SpecAugment, with NumPy) is the same in every trace, of the
-    whole model and of a rank's, and the next draws are as if there had been no trace."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(0)
-    np.random.seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 @contextmanager

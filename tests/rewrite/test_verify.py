@@ -88,13 +88,13 @@ class Proven:
 
 
 @cache
-def proven(case: str, again: bool = True) -> Proven:
-    """The plan of a case; not proven ``again`` by the ranks that run it."""
+def proven(case: str, verify: bool = True) -> Proven:
+    """The plan of a case; the ranks that run it need not prove it again."""
     name, variant, tp = CASES[case]
     model, inputs = MODELS[name].build(**variant), MODELS[name].inputs()
     prove = autotp.prepare.rewrite_and_verify
     with mock.patch.object(autotp.prepare, "rewrite_and_verify", wraps=prove) as spy:
-        plan = autotp.plan(model, tp, example_inputs=inputs, verify=again)
+        plan = autotp.plan(model, tp, example_inputs=inputs, verify=verify)
     make_skeleton, view, *_ = spy.call_args.args
     return Proven(plan, make_skeleton, view)
 
@@ -125,7 +125,7 @@ def is_accepted(known: Proven, fault: Fault, rank: int) -> bool:
 def run_with_faults(case: str, chosen: Sequence[str]) -> list[str]:
     """On each rank: those of these faults with which outputs or gradients are wrong."""
     name, variant, tp = CASES[case]
-    known, mesh = proven(case, again=False), init_device_mesh("cpu", (tp,))
+    known, mesh = proven(case, verify=False), init_device_mesh("cpu", (tp,))
     rank = torch.distributed.get_rank()
     build, inputs = MODELS[name].build, MODELS[name].inputs
     reference = build(**variant)
