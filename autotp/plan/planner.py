@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -45,6 +45,8 @@ TRIFLE = 0.001
 #: How many sets of axes are compared by their communication; of more, those that lose bytes in one part of the model
 #: go first.
 MOST_SETS = 64
+#: How many maximal sets are enumerated.
+MOST_ENUMERATED = 1 << 14
 #: How many maximal sets, those of most bytes, are looked through for axes that refuse one another.
 MOST_REPAIRED = 2048
 #: How many sets times ops are cut exactly, so that a large graph is not compared for minutes.
@@ -61,7 +63,7 @@ class Choice:
         candidates: the axes that are sharded.
         communication: where and how much is communicated.
         sharded_bytes: weight bytes that are sharded; ``weight_bytes``: all of them.
-        proven: every maximal set was compared (False where `MOST_SETS` cut the enumeration off).
+        proven: every maximal set was compared (False where there were too many).
     """
 
     candidates: tuple[Candidate, ...]
@@ -103,18 +105,27 @@ def choose(
     total, bytes_of = weights.total, weights.sharded
 
     required = tuple(require)
+    holders_of = [
+        [key for key, members in classes.items() if any(a in wanted for c in members for a in c.atoms)]
+        for wanted in required
+    ]
+    if not all(holders_of):
+        raise PlanError(_unmet(False, []))
     sets: list[tuple[float, tuple[Candidate, ...]]] = []
-    for keys in itertools.islice(_maximal_sets(classes, against), 1 << 14):
+    maximal = iter(_maximal_sets(_beside(holders_of, classes, against), against))
+    for keys in itertools.islice(maximal, MOST_ENUMERATED):
         chosen = tuple(c for key in sorted(keys) for c in classes[key])
         atoms = {a for c in chosen for a in c.atoms}
         if all(atoms & wanted for wanted in required):
             sets.append((bytes_of(chosen), chosen))
+    cut_off = next(maximal, None) is not None
     sets.sort(key=_by_bytes)
-    sets, cut_off = _repaired(sets, classes, Refusals(analysis, flow), weights)
+    cut_off |= len(sets) > MOST_REPAIRED
+    sets = _repaired(sets[:MOST_REPAIRED], classes, Refusals(analysis, flow), weights)
     if sets and sum(size >= (1 - tolerance) * sets[0][0] for size, _ in sets) > MOST_SETS:
         sets, cut_off = _thinned(sets, classes, against, bytes_of), True
     if required and not sets:
-        raise PlanError("no set of axes can be sharded as the overrides ask")
+        raise PlanError(_unmet(cut_off, []))
     sets = _possible(flow, sets, classes, tolerance, bytes_of)
     best: Choice | None = None
     failures: list[str] = []
@@ -148,8 +159,7 @@ def choose(
         if size >= (1 - tolerance) * most and (best is None or _rank(choice) < _rank(best)):
             best = choice
     if best is None and required:
-        why = f": {failures[0]}" if failures else ""
-        raise PlanError(f"no set of axes can be sharded as the overrides ask{why}")
+        raise PlanError(_unmet(cut_off, failures))
     if best is None:
         best = Choice((), Communication(), 0.0, total, True)
     best = _without_trifles(best, classes, required, flow, bytes_of)
@@ -162,18 +172,34 @@ def _by_bytes(found: tuple[float, tuple[Candidate, ...]]) -> tuple[float, list[s
     return -size, [c.key for c in chosen]
 
 
+def _unmet(cut_off: bool, failures: Sequence[str]) -> str:
+    looked = " that were looked at (there are too many to look at all of them)" if cut_off else ""
+    why = f": {failures[0]}" if failures else ""
+    return f"no set of axes can be sharded as the overrides ask{looked}{why}"
+
+
+def _beside(
+    required: Iterable[list[str]],
+    classes: dict[str, tuple[Candidate, ...]],
+    against: Mapping[Candidate, frozenset[Candidate]],
+) -> dict[str, tuple[Candidate, ...]]:
+    """The classes that can be in a set with one of each of ``required``: without those that conflict with one that has
+    to be."""
+    taken = {c for keys in required if len(keys) == 1 for c in classes[keys[0]]}
+    return {key: members for key, members in classes.items() if not any(against[c] & taken for c in members)}
+
+
 def _repaired(
     sets: list[tuple[float, tuple[Candidate, ...]]],
     classes: Mapping[str, tuple[Candidate, ...]],
     refusals: Refusals,
     weights: Weights,
-) -> tuple[list[tuple[float, tuple[Candidate, ...]]], bool]:
-    """The sets without the axes that would be refused in them, each once, by their bytes; and whether some were left
-    out."""
+) -> list[tuple[float, tuple[Candidate, ...]]]:
+    """The sets without the axes that would be refused in them, each once, by their bytes."""
     home = {c: key for key, members in classes.items() for c in members}
     axes = {key: frozenset(a for c in members for a in c.atoms) for key, members in classes.items()}
     found: dict[tuple[str, ...], tuple[float, tuple[Candidate, ...]]] = {}
-    for size, chosen in sets[:MOST_REPAIRED]:
+    for size, chosen in sets:
         keys = {home[c] for c in chosen}
         kept = tuple(repaired(keys, axes, refusals, weights.lost))
         if len(kept) == len(keys):
@@ -181,8 +207,7 @@ def _repaired(
         elif kept not in found:
             rest = tuple(c for key in kept for c in classes[key])
             found[kept] = weights.sharded(rest), rest
-    ordered = sorted(found.values(), key=_by_bytes)
-    return ordered, len(sets) > MOST_REPAIRED
+    return sorted(found.values(), key=_by_bytes)
 
 
 def _thinned(

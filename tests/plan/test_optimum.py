@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autotp.axes.analysis import Analysis
+from autotp.axes.term import Atom
 from autotp.errors import PlanError
-from autotp.plan import reductions
+from autotp.plan import planner, reductions
 from autotp.plan.candidates import Candidate, candidates, conflicts
 from autotp.plan.communication import Communication
 from autotp.plan.cut import VertexCut
@@ -98,6 +101,53 @@ def test_choice_of_axes(seed: int) -> None:
     )
     assert choice.sharded_bytes == pytest.approx(weight_bytes(analysis, choice.candidates))
     assert check_valid(analysis, choice) == choice.communication.cost_bytes
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_choice_of_axes_where_one_has_to_be_sharded(seed: int) -> None:
+    """The same for each axis that an override asks for: of the sets with it, none communicates less."""
+    analysis = analysed(seeded(seed, 7, products=False))
+    found = able(analysis)
+    tried = 0
+    for wanted in found:
+        answers = []
+        for chosen in maximal_sets(analysis, found):
+            if wanted in chosen:
+                with suppress(Impossible):
+                    answers.append((weight_bytes(analysis, chosen), Ranks(analysis, chosen).best().cost))
+        if not answers:
+            continue
+        choice = choose(analysis, TP, require=[frozenset(wanted.atoms)])
+        most = max(size for size, _ in answers)
+        assert wanted in choice.candidates
+        assert choice.communication.cost_bytes == min(
+            cost for size, cost in answers if size >= (1 - TOLERANCE) * most
+        )
+        tried += 1
+    assert tried
+
+
+def test_a_cut_enumeration_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hedged = 0
+    for seed in range(6):
+        analysis = analysed(seeded(seed, 7, products=False))
+        found = able(analysis)
+        sets = len(maximal_sets(analysis, found))
+        for most in (1, sets - 1, sets):
+            monkeypatch.setattr(planner, "MOST_ENUMERATED", most)
+            assert choose(analysis, TP).proven == (most == sets)
+        monkeypatch.setattr(planner, "MOST_ENUMERATED", 1)
+        for wanted in found:  # what it conflicts with is not enumerated
+            assert wanted in choose(analysis, TP, require=[frozenset(wanted.atoms)]).candidates
+        for pair in itertools.combinations(found, 2):
+            try:
+                choose(analysis, TP, require=[frozenset(atom for wanted in pair for atom in wanted.atoms)])
+            except PlanError as error:
+                assert "that were looked at" in str(error)
+                hedged += 1
+        with pytest.raises(PlanError, match="as the overrides ask$"):
+            choose(analysis, TP, require=[frozenset({Atom(-1, 4)})])
+    assert hedged
 
 
 @pytest.mark.parametrize("seed", range(20))
