@@ -260,7 +260,11 @@ class _Builder:
         else:
             module = node.meta.get("module", "")
             where, op = list(self.folds.originals(module)) if module else [""], op_name(node)
-        return [(name, Collective(phase, kind, "", op, nbytes(node), 0)) for name in where]
+        size = nbytes(node)
+        if kind == "all_reduce" and self.sharded.intersection(atoms_of(self.analysis.dims[node][0])):
+            own = (local_shape(self.analysis.dims[node][0], self.partition, rank) for rank in range(self.tp))
+            size = max(map(math.prod, own)) * int(node.meta["val"].element_size())
+        return [(name, Collective(phase, kind, "", op, size, 0)) for name in where]
 
     def common_bytes(self, node: fx.Node, rank: int) -> int:
         """Of a parameter's gradient, what a rank sums: the part that others hold too."""

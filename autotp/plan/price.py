@@ -21,8 +21,9 @@ TOKENS = 128
 START_BYTES = 8192
 
 
-def all_reduce_cost(node: fx.Node) -> int:
-    return FINE * (2 * nbytes(node) + START_BYTES)
+def all_reduce_cost(node: fx.Node, groups: int = 1) -> int:
+    """Of all ranks; or of each of several groups, that has its own part of the value."""
+    return FINE * (2 * nbytes(node) // groups + START_BYTES)
 
 
 def all_gather_cost(node: fx.Node) -> int:

@@ -21,6 +21,7 @@ Partial too. So the forward is cut in several ways (`WAYS`), the backward after 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -90,7 +91,7 @@ class Flow:
         self._own = {node: _atoms_of_op(info) for node, info in analysis.ops.items()}
         self._cuts: Cache = {}
         self._dtypes = {node: _dtype(node) for node in analysis.dims}
-        self._sum_cost = {node: all_reduce_cost(node) for node in analysis.dims}.__getitem__
+        self._sum_costs = {node: all_reduce_cost(node) for node in analysis.dims}
         self._asked: frozenset[Atom] = frozenset()  # of which `_held` knows the answers
         self._held: dict[fx.Node, frozenset[Atom]] = {}
         self._casts = {
@@ -162,7 +163,7 @@ class Flow:
         self._check_contractions(sharded, pairs)
         close = self._closed(sharded, conversions) if gradients else frozenset()
         gathers = {(c.producer, c.dim): c.cost for c in conversions if c.kind == "gather"}
-        fixed = sum(gathers.values()) + sum(map(self._sum_cost, close))
+        fixed = sum(gathers.values()) + sum(self._sum_costs[node] for node in close)
         best: Communication | None = None
         seen: set[tuple[frozenset[fx.Node], frozenset[Edge]]] = set()
         failure = PlanError("no way to sum")
@@ -240,8 +241,11 @@ class Flow:
                 held = sharded & frozenset(atoms_of([dim]))
                 if not held:
                     continue
-                if any(outer in held and inner not in held for outer, inner in pairs.items()):
+                made = {a for dims in info.out for a in atoms_of(dims)}
+                if any((outer in held) != (inner in held) and outer not in made for outer, inner in pairs.items()):
                     raise PlanError(f"{node}: sums over an axis that ranks hold in common")
+                if info.added and not made.isdisjoint(sharded):
+                    raise PlanError(f"{node}: adds something to a sum that each group of ranks takes by itself")
                 if not self.places.contract(node):
                     raise PlanError(
                         f"{node}: its rows cannot be looked up by part outside of an embedding module"
@@ -314,7 +318,7 @@ class Flow:
         while frontier:
             node = frontier.pop()
             willing = self.places.reduce(node)
-            cut.vertex(node, None if willing is None else self._sum_cost(node) + willing)
+            cut.vertex(node, None if willing is None else self._sum_cost(node, sharded) + willing)
             whole = node in self.output_nodes or (node, None) in converted
             for edge in self.uses[node]:
                 if accepts(edge):
@@ -359,6 +363,8 @@ class Flow:
         # partial as it comes, or the sum at the input of the op that made it would count the common part twice.
         mixed = {node for node in held if node in ops and node not in disjoint and node in self.differentiable}
 
+        whole = self.output_nodes | {producer for producer, _ in gathered}
+        grouped = self._summed_by_groups(sharded, held, mixed - whole, disjoint)
         none: set[Atom] = set()
 
         def sharded_use(edge: Edge) -> bool:
@@ -375,7 +381,8 @@ class Flow:
         def neutral(edge: Edge) -> bool:
             """A use that only takes the sharded part out of a partly common value."""
             info = ops[edge.consumer]
-            return edge.producer in mixed and edge.consumer in disjoint and len(info.operands) == 1
+            common = edge.producer in mixed and edge.producer not in grouped
+            return common and edge.consumer in disjoint and len(info.operands) == 1
 
         sources = {e for e in self._live if sharded_use(e)}
         if not sources:
@@ -384,7 +391,7 @@ class Flow:
         def needs_whole(node: fx.Node) -> bool:
             """Whether the op that made ``node`` can only go backwards from a whole gradient."""
             if node in mixed:
-                return False
+                return not sharded.isdisjoint(atoms_of(ops[node].contracted))
             inputs = self._sources_of[node]
             picks = len(inputs) == 1 and inputs[0] in mixed  # takes the common part out of a partly common value
             return node in self._casts or (bool(self.held_by_op(node, sharded)) and not picks) or node in flowing
@@ -397,10 +404,11 @@ class Flow:
         for node in sorted(reached, key=self.order.__getitem__):
             is_param = node in self.params
             willing = 0 if is_param else None if node in self._written else self.places.enter(node)
-            barred = node in mixed or willing is None
-            price = self._sync_cost(node, sharded) if is_param else self._sum_cost(node)
+            partial = node in mixed and node not in grouped
+            barred = partial or willing is None
+            price = self._sync_cost(node, sharded) if is_param else self._sum_cost(node, sharded)
             cut.vertex(node, None if barred else price + (willing or 0))
-            if node in mixed:
+            if partial:
                 cut.start(node)
             stop = is_param or node not in ops or node in self.output_nodes or needs_whole(node)
             for edge in self.uses[node]:
@@ -438,6 +446,32 @@ class Flow:
             else:
                 sync.add(node)
         return enter, uncut, frozenset(sync), cost
+
+    def _summed_by_groups(
+        self,
+        sharded: frozenset[Atom],
+        held: Mapping[fx.Node, set[Atom]],
+        common: set[fx.Node],
+        disjoint: set[fx.Node],
+    ) -> set[fx.Node]:
+        """Of values that some ranks have in common, those that these ranks have summed (the mean square of a group of
+        heads), and what is made of nothing else: they can sum its gradient as well, before it goes back to addends
+        that each has for itself."""
+        found: set[fx.Node] = set()
+        for node, info in self.analysis.ops.items():
+            if node not in common:
+                continue
+            sources, axes = self._sources_of[node], sharded.intersection(atoms_of(info.contracted))
+            if axes and all(source in disjoint or axes & held.get(source, set()) for source in sources):
+                found.add(node)
+            elif not axes and found.issuperset(sources):
+                found.add(node)
+        return found
+
+    def _sum_cost(self, node: fx.Node, sharded: frozenset[Atom]) -> int:
+        """Of a value that groups of ranks have in common, each sums its own part."""
+        own = self.held_by_op(node, sharded) and sharded.intersection(atoms_of(self.analysis.dims[node][0]))
+        return all_reduce_cost(node, math.prod(a.size for a in own)) if own else self._sum_costs[node]
 
     def _sync_cost(self, param: fx.Node, sharded: frozenset[Atom]) -> int:
         """Of a gradient only the part that ranks hold in common is summed, once a step for any number of tokens."""

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import autotp
 from autotp.rewrite.state import sharding_of
 from autotp.runtime.record import record_collectives
 from tests.dist.pool import Pool
 from tests.e2e.compare import Problems, compare_collectives, compare_passes
-from tests.models.mechanisms import MECHANISMS, PositionTable, ids
+from tests.models.mechanisms import IN_GROUPS, MECHANISMS, PositionTable, floats, ids
 
 
-def compare_mechanism(name: str) -> tuple[str, ...]:
+def compare_mechanism(
+    name: str, build: Callable[[], nn.Module], given: Tensor, sharded: str
+) -> tuple[str, ...]:
     """What is wrong, on one rank."""
-    build, make_input, sharded = MECHANISMS[name]
     torch.manual_seed(1)
     reference = build().double().eval()
     torch.manual_seed(1)
     model = build().double().eval()
-    inputs = (make_input(),)
+    inputs = (given,)
     autotp.parallelize(model, example_inputs=inputs)
     sharding = sharding_of(model)
     assert sharding is not None
@@ -36,12 +40,29 @@ def compare_mechanism(name: str) -> tuple[str, ...]:
 
 
 def compare_all() -> dict[str, tuple[str, ...]]:
-    return {name: compare_mechanism(name) for name in MECHANISMS}
+    return {
+        name: compare_mechanism(name, build, make_input(), sharded)
+        for name, (build, make_input, sharded) in MECHANISMS.items()
+    }
 
 
 @pytest.mark.parametrize("tp", [2, 3])
 def test_mechanisms(dist: Pool, tp: int) -> None:
     assert dist.run(tp, compare_all) == [dict.fromkeys(MECHANISMS, ())] * tp
+
+
+def compare_in_groups(tp: int) -> dict[str, tuple[str, ...]]:
+    """With fewer features in a group than ranks, so that no axis but both together can be sharded."""
+    return {
+        name: compare_mechanism(name, partial(build, tp - 1), floats(2), sharded)
+        for name, (build, sharded) in IN_GROUPS.items()
+    }
+
+
+@pytest.mark.parametrize("tp", [4, 5])
+def test_groups_of_ranks(dist: Pool, tp: int) -> None:
+    """What some of the ranks sum, they have in common: so is its gradient, before it goes back to each one's addend."""
+    assert dist.run(tp, compare_in_groups, tp) == [dict.fromkeys(IN_GROUPS, ())] * tp
 
 
 def compare_longer() -> tuple[str, ...]:

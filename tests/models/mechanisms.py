@@ -246,6 +246,89 @@ def ids() -> Tensor:
 def floats(width: int) -> Tensor:
     return torch.randn(BATCH, SEQ, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
+class InGroups(nn.Module):
+    """Features in two groups, which more ranks than two share: what is done with ``x [batch, seq, 2, each]`` sums
+    within the groups, so that some of the ranks sum it."""
+
+    def __init__(self, each: int, width: int = 2) -> None:
+        super().__init__()
+        self.each = each
+        self.up = nn.Linear(width, 2 * each)
+        self.down = nn.Linear(2 * each, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        y = F.silu(self.up(x))
+        out, *more = self.within(y.view(*y.shape[:-1], 2, self.each))
+        out = self.down(out.flatten(-2))
+        return (out, *more) if more else out
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+
+class NormInGroups(InGroups):
+    """As in Mamba 2."""
+
+    def __init__(self, each: int) -> None:
+        super().__init__(each)
+        self.gain = nn.Parameter(torch.rand(2 * self.each))
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)
+        return (normed.flatten(-2).mul(self.gain).view(x.shape),)
+
+
+class ScaledNormInGroups(InGroups):
+    """The statistics are scaled by weights, one of each group and one of all."""
+
+    def __init__(self, each: int) -> None:
+        super().__init__(each)
+        self.of_group = nn.Parameter(torch.rand(2, 1))
+        self.of_all = nn.Parameter(torch.rand(1))
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        size = torch.sqrt(x.pow(2).sum(-1, keepdim=True) + 1e-3)
+        return (x / (size * self.of_group * self.of_all + 1),)
+
+
+class ReturnedNormInGroups(InGroups):
+    """What groups of ranks have in common is gathered, and comes back from one rank of each."""
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        size = torch.sqrt(x.pow(2).sum(-1, keepdim=True) + 1e-3)
+        return x / (size + 1), size
+
+
+class GateInGroups(InGroups):
+    """Both the mean of each group and its expansion over it."""
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        mean = torch.tanh(x.mean(-1, keepdim=True))
+        return ((x - mean) * torch.sigmoid(mean).expand_as(x),)
+
+
+class LinearInGroups(InGroups):
+    """One linear layer for both groups; its bias counts once in each."""
+
+    def __init__(self, each: int) -> None:
+        super().__init__(each)
+        self.mix = nn.Linear(self.each, 1)
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x * torch.sigmoid(self.mix(x)),)
+
+
+class NormedGain(InGroups):
+    """A weight for both groups, that is normed itself."""
+
+    def __init__(self, each: int) -> None:
+        super().__init__(each)
+        self.gain = nn.Parameter(torch.rand(self.each))
+
+    def within(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x * self.gain * torch.rsqrt(self.gain.pow(2).mean() + 1e-3),)
+
+
 
 #: name → (model, inputs, parameters that have to be sharded)
 MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
@@ -263,3 +346,13 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
     "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip
+
+#: the same of models that two groups of ranks share, by how many features each group has
+IN_GROUPS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
+    "norm in groups": (NormInGroups, "gain up.weight down.weight"),
+    "scaled norm in groups": (ScaledNormInGroups, "of_group up.weight down.weight"),
+    "gate in groups": (GateInGroups, "up.weight down.weight"),
+    "returned norm in groups": (ReturnedNormInGroups, ""),
+    "linear in groups": (LinearInGroups, ""),  # its bias would count in each group
+    "normed gain": (NormedGain, ""),  # both groups hold what one has to sum
+}
