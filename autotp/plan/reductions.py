@@ -458,13 +458,13 @@ class Flow:
         heads), and what is made of nothing else: they can sum its gradient as well, before it goes back to addends
         that each has for itself."""
         found: set[fx.Node] = set()
+        none: set[Atom] = set()
         for node, info in self.analysis.ops.items():
             if node not in common:
                 continue
-            sources, axes = self._sources_of[node], sharded.intersection(atoms_of(info.contracted))
-            if axes and all(source in disjoint or axes & held.get(source, set()) for source in sources):
-                found.add(node)
-            elif not axes and found.issuperset(sources):
+            axes = sharded.intersection(atoms_of(info.contracted))
+            made_by_groups = found | disjoint if axes else found
+            if all(s in made_by_groups or axes & held.get(s, none) for s in self._sources_of[node]):
                 found.add(node)
         return found
 

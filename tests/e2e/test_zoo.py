@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import autotp
-from benchmarks.zoo.compare import Result, compare
+from benchmarks.zoo.compare import Result, compare, difference
 from benchmarks.zoo.configs import architectures, build
 from tests.dist.pool import Pool
 
@@ -63,6 +65,39 @@ def run_one(task: str, name: str) -> Result:
 def test_exact(dist: Pool, task: str, name: str) -> None:
     for result in dist.run(2, run_one, task, name, one_plans=True):
         assert result.kind == "exact", (result.kind, result.weights, result.reason)
+
+
+class Reckoned(nn.Module):
+    """A factor in front of a norm in float32, and a linear layer: ``wrong`` gradients come back through the first."""
+
+    def __init__(self, wrong: float = 0.0) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(3.0))
+        self.linear = nn.Linear(6, 6)
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor.view_as(self.factor)
+        if self.wrong and factor.requires_grad:
+            factor.register_hook(lambda gradient: gradient + self.wrong)
+        y = (self.linear(x) * factor).float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def test_gradients_of_nothing_but_rounding() -> None:
+    """The factor's gradient is zero but for float32's rounding: it may be another one, but not by more."""
+
+    def made(wrong: float) -> nn.Module:
+        torch.manual_seed(5)
+        return Reckoned(wrong).double()
+
+    inputs = {"x": torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
+
+    def found(wrong: float) -> str:
+        return difference(made(wrong), made(0.0), inputs, lambda name, mine, whole: (mine, whole))[1]
+
+    assert found(0.0) == "" and found(1e-7) == ""
+    assert found(1e-6).startswith("gradient of factor: off by")
 
 
 def test_the_sweep(tmp_path: Path) -> None:

@@ -429,10 +429,22 @@ def _output(c: Code, h: Heads, out: str, width: int) -> None:
             ),
             "flat",
         )
-    if c.draw.chance(0.08):
-        flat = c.let(f"rms_norm({flat}, {c.param('out_gain', size)})", "flat")
+    if c.draw.chance(0.12):
+        flat = _normed_output(c, h, flat)
     if c.draw.chance(0.15):
         w = c.param("w_o", size, width)
         c.do(f"return {flat} @ {w}" + (f" + {c.param('b_o', width)}" if c.draw.chance(0.5) else ""))
         return
     c.do(f"return {c.linear('o_proj', size, width)}({flat})")
+
+
+def _normed_output(c: Code, h: Heads, flat: str) -> str:
+    """Over all heads, or as Mamba 2 does over those of a kv head."""
+    gain = c.param("out_gain", h.n * h.dim)
+    if c.draw.chance(0.4):
+        return c.let(f"rms_norm({flat}, {gain})", "flat")
+    x = c.let(f"{flat}.view(b, t, {h.said_kv}, -1)", "groups")
+    size = c.let(f"{x}.pow(2).mean(-1, keepdim=True)", "size")
+    ways = (f"{x} * torch.rsqrt({size} + 1e-6)", f"({x} / (1 + {size})).tanh()", f"{x} * torch.sigmoid({size})")
+    normed = c.let(c.draw.pick(*ways), "groups")
+    return c.let(f"{normed}.flatten(2) * {gain}", "flat")
