@@ -195,7 +195,7 @@ def _repaired(
     refusals: Refusals,
     weights: Weights,
 ) -> list[tuple[float, tuple[Candidate, ...]]]:
-    """The sets without the axes that would be refused in them, each once, by their bytes."""
+    """The sets without the axes that would be refused in them, those that are maximal then, by their bytes."""
     home = {c: key for key, members in classes.items() for c in members}
     axes = {key: frozenset(a for c in members for a in c.atoms) for key, members in classes.items()}
     found: dict[tuple[str, ...], tuple[float, tuple[Candidate, ...]]] = {}
@@ -207,7 +207,21 @@ def _repaired(
         elif kept not in found:
             rest = tuple(c for key in kept for c in classes[key])
             found[kept] = weights.sharded(rest), rest
-    return sorted(found.values(), key=_by_bytes)
+    return _maximal(found.values())
+
+
+def _maximal(
+    sets: Iterable[tuple[float, tuple[Candidate, ...]]],
+) -> list[tuple[float, tuple[Candidate, ...]]]:
+    """By their bytes, without those that are part of another: what was taken out of them stood in nothing else's way.
+    """
+    number: dict[Candidate, int] = {}
+    kept: dict[int, tuple[float, tuple[Candidate, ...]]] = {}
+    for size, chosen in sorted(sets, key=lambda found: (-len(found[1]), *_by_bytes(found))):
+        members = sum(1 << number.setdefault(c, len(number)) for c in chosen)
+        if not any(members & other == members for other in kept):
+            kept[members] = size, chosen
+    return sorted(kept.values(), key=_by_bytes)
 
 
 def _thinned(
@@ -264,7 +278,7 @@ def _possible(
     bytes_of: Callable[[Iterable[Candidate]], float],
 ) -> list[tuple[float, tuple[Candidate, ...]]]:
     """The sets as they are where the first that would be solved can be sharded; else without the axes that cannot be
-    sharded even alone, each once."""
+    sharded even alone, those that are maximal then."""
 
     def fails(chosen: tuple[Candidate, ...]) -> bool:
         try:
@@ -277,7 +291,7 @@ def _possible(
         return sets
     alone = {c for members in classes.values() if fails(members) for c in members}
     kept = {tuple(c for c in chosen if c not in alone): None for _, chosen in sets}
-    return sorted(((bytes_of(k), k) for k in kept), key=_by_bytes)
+    return _maximal((bytes_of(k), k) for k in kept)
 
 
 def _promising(

@@ -10,7 +10,7 @@ from autotp.axes.term import Atom
 from autotp.errors import PlanError
 from autotp.plan.candidates import Candidate
 from autotp.plan.communication import Communication
-from autotp.plan.planner import _communicate, _maximal_sets, _thinned
+from autotp.plan.planner import _communicate, _maximal, _maximal_sets, _thinned
 
 CANDIDATES = {key: Candidate((Atom(i, 4),), (((0, 2), (2, 4)),), key) for i, key in enumerate("abcdefghijklmnop")}
 
@@ -93,6 +93,13 @@ def test_where_no_set_is_best_in_all_parts_one_is_put_together() -> None:
 
     assert thinned("bce", "ade") == [(23.0, "ace")]
     assert thinned("ace", "bce", "ade") == [(23.0, "ace")]
+
+
+def test_a_part_of_another_set_is_none() -> None:
+    """Of what was left after axes were taken out: ``b`` could be added to ``ac``."""
+    given = ("ac", "abc", "cd", "abc", "d", "ce")
+    sets = [(float(len(keys)), tuple(CANDIDATES[key] for key in keys)) for keys in given]
+    assert ["".join(c.key for c in chosen) for _, chosen in _maximal(sets)] == ["abc", "cd", "ce"]
 
 
 class Named(str):
