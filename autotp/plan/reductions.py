@@ -244,7 +244,7 @@ class Flow:
                 made = {a for dims in info.out for a in atoms_of(dims)}
                 if any((outer in held) != (inner in held) and outer not in made for outer, inner in pairs.items()):
                     raise PlanError(f"{node}: sums over an axis that ranks hold in common")
-                if info.added and not made.isdisjoint(sharded):
+                if info.added and any(inner in held and outer in made for outer, inner in pairs.items()):
                     raise PlanError(f"{node}: adds something to a sum that each group of ranks takes by itself")
                 if not self.places.contract(node):
                     raise PlanError(
