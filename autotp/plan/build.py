@@ -260,11 +260,16 @@ class _Builder:
         else:
             module = node.meta.get("module", "")
             where, op = list(self.folds.originals(module)) if module else [""], op_name(node)
-        size = nbytes(node)
-        if kind == "all_reduce" and self.sharded.intersection(atoms_of(self.analysis.dims[node][0])):
-            own = (local_shape(self.analysis.dims[node][0], self.partition, rank) for rank in range(self.tp))
-            size = max(map(math.prod, own)) * int(node.meta["val"].element_size())
+        size = nbytes(node) if kind == "all_gather" else self.summed_bytes(node)
         return [(name, Collective(phase, kind, "", op, size, 0)) for name in where]
+
+    def summed_bytes(self, node: fx.Node) -> int:
+        """Of a value that groups of ranks have in common, what one group sums."""
+        dims = self.analysis.dims[node][0]
+        if node in self.choice.communication.close or self.sharded.isdisjoint(atoms_of(dims)):
+            return nbytes(node)
+        shapes = (local_shape(dims, self.partition, rank) for rank in range(self.tp))
+        return max(map(math.prod, shapes)) * int(node.meta["val"].element_size())
 
     def common_bytes(self, node: fx.Node, rank: int) -> int:
         """Of a parameter's gradient, what a rank sums: the part that others hold too."""

@@ -364,7 +364,7 @@ class Flow:
         mixed = {node for node in held if node in ops and node not in disjoint and node in self.differentiable}
 
         whole = self.output_nodes | {producer for producer, _ in gathered}
-        grouped = self._summed_by_groups(sharded, held, mixed - whole, disjoint)
+        grouped = self._summed_by_groups(sharded, mixed - whole)
         none: set[Atom] = set()
 
         def sharded_use(edge: Edge) -> bool:
@@ -447,24 +447,14 @@ class Flow:
                 sync.add(node)
         return enter, uncut, frozenset(sync), cost
 
-    def _summed_by_groups(
-        self,
-        sharded: frozenset[Atom],
-        held: Mapping[fx.Node, set[Atom]],
-        common: set[fx.Node],
-        disjoint: set[fx.Node],
-    ) -> set[fx.Node]:
+    def _summed_by_groups(self, sharded: frozenset[Atom], common: set[fx.Node]) -> set[fx.Node]:
         """Of values that some ranks have in common, those that these ranks have summed (the mean square of a group of
         heads), and what is made of nothing else: they can sum its gradient as well, before it goes back to addends
         that each has for itself."""
         found: set[fx.Node] = set()
-        none: set[Atom] = set()
         for node, info in self.analysis.ops.items():
-            if node not in common:
-                continue
-            axes = sharded.intersection(atoms_of(info.contracted))
-            made_by_groups = found | disjoint if axes else found
-            if all(s in made_by_groups or axes & held.get(s, none) for s in self._sources_of[node]):
+            summed = not sharded.isdisjoint(atoms_of(info.contracted))
+            if node in common and (summed or found.issuperset(self._sources_of[node])):
                 found.add(node)
         return found
 
