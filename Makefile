@@ -43,13 +43,13 @@ $(VENV)/.wheel: $(SOURCES) constraints.txt | $(VENV)/bin/python
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 	touch $@
 
-# The second line replaces an older build of the same version.
+# The second line replaces an older build of the same version. What is imported is compiled then: most never is.
 $(VENV)/.installed: $(VENV)/.wheel
-	$(PIP) install -q -c constraints.txt "$$(echo dist/autotp-*.whl)[demo]"
-	$(PIP) install -q --no-deps --force-reinstall dist/autotp-*.whl
+	$(PIP) install -q --no-compile -c constraints.txt "$$(echo dist/autotp-*.whl)[demo]"
+	$(PIP) install -q --no-compile --no-deps --force-reinstall dist/autotp-*.whl
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.wheel
-	$(PIP) install -q -c constraints.txt "$$(echo dist/autotp-*.whl)[demo,test,lint]"
-	$(PIP) install -q --no-deps --force-reinstall dist/autotp-*.whl
+	$(PIP) install -q --no-compile -c constraints.txt "$$(echo dist/autotp-*.whl)[demo,test,lint]"
+	$(PIP) install -q --no-compile --no-deps --force-reinstall dist/autotp-*.whl
 	touch $@
