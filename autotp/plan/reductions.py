@@ -241,11 +241,14 @@ class Flow:
                 held = sharded & frozenset(atoms_of([dim]))
                 if not held:
                     continue
-                made = {a for dims in info.out for a in atoms_of(dims)}
-                if any((outer in held) != (inner in held) and outer not in made for outer, inner in pairs.items()):
-                    raise PlanError(f"{node}: sums over an axis that ranks hold in common")
-                if info.added and any(inner in held and outer in made for outer, inner in pairs.items()):
-                    raise PlanError(f"{node}: adds something to a sum that each group of ranks takes by itself")
+                for outer, inner in pairs.items():
+                    if held.isdisjoint((outer, inner)):
+                        continue
+                    grouped = any(outer in atoms_of(dims) for dims in info.out)
+                    if inner not in held or not (grouped or outer in held):
+                        raise PlanError(f"{node}: sums over an axis that ranks hold in common")
+                    if grouped and info.added:
+                        raise PlanError(f"{node}: adds something to a sum that each group of ranks takes by itself")
                 if not self.places.contract(node):
                     raise PlanError(
                         f"{node}: its rows cannot be looked up by part outside of an embedding module"

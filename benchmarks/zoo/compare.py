@@ -29,7 +29,7 @@ RTOL = 1e-4
 #: Of the largest gradient of the model: one below is rounding (the bias of attention's keys, whose gradient is zero).
 #: Of a gradient in float32 more: a difference of one unit in the largest one's last place.
 NOISE = 1e-5
-#: A gradient may be off by so many times what rounding to float32 does to it (`moved_by_rounding`).
+#: A gradient below `NOISE` may be off by so many times what rounding to float32 does to it (`moved_by_rounding`).
 ROUNDED = 4
 NEW_TOKENS = 8
 _LAYER = re.compile(r"(?<![^.])(\d+|\{[\d,-]+\})(?![^.])")  # of a name in a model, or in a plan that joins layers
@@ -207,13 +207,13 @@ def difference(
                 return math.inf, f"{what}: other elements are infinite or NaN"
             if not finite.any():
                 continue
-            scale = float(b[finite].abs().max())
-            error = float((a[finite] - b[finite]).abs().max()) / max(scale, noise * largest, 1e-8)
+            scale, off = float(b[finite].abs().max()), float((a[finite] - b[finite]).abs().max())
+            error = off / max(scale, noise * largest, 1e-8)
             if not error <= RTOL:
                 name = what.removeprefix("gradient of ")
-                if name in whole and not moved:
+                if name in whole and scale < noise * largest and not moved:
                     moved = moved_by_rounding(reference, inputs, whole)
-                if not float((a[finite] - b[finite]).abs().max()) <= ROUNDED * moved.get(name, 0.0):
+                if scale >= noise * largest or not off <= ROUNDED * moved.get(name, 0.0):
                     return error, f"{what}: off by {error:.1e} of its largest element {scale:.1e}"
             else:
                 worst = max(worst, error)

@@ -246,6 +246,7 @@ def ids() -> Tensor:
 def floats(width: int) -> Tensor:
     return torch.randn(BATCH, SEQ, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
+
 class InGroups(nn.Module):
     """Features in two groups, which more ranks than two share: what is done with ``x [batch, seq, 2, each]`` sums
     within the groups, so that some of the ranks sum it."""
@@ -327,7 +328,6 @@ class NormedGain(InGroups):
 
     def within(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x * self.gain * torch.rsqrt(self.gain.pow(2).mean() + 1e-3),)
-
 
 
 #: name → (model, inputs, parameters that have to be sharded)
