@@ -41,6 +41,7 @@ class VertexCut(Generic[V]):
         """Vertex ``v`` may be cut at this price; ``None``: it may not be cut."""
         self._capacity[v] = capacity
         self._edge(("in", v), ("out", v), capacity)
+        self._edge(("out", v), ("in", v))  # nothing leaves a vertex that nothing reached
 
     def flow(self, a: V, b: V) -> None:
         """What leaves ``a`` uncut arrives at ``b``."""

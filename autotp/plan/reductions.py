@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -326,7 +326,7 @@ class Flow:
             for edge in self.uses[node]:
                 if accepts(edge):
                     cut.flow(node, edge.consumer)
-                    if not masks and edge.consumer not in sources:
+                    if edge.consumer not in sources and not (masks and self.places.mask(edge)):
                         cut.only_with(edge.consumer, node)
                     if edge.consumer not in added:
                         added.add(edge.consumer)
@@ -335,16 +335,45 @@ class Flow:
                     whole = True
             if whole:
                 cut.end(node)
-        cost, reduce, unreduced = cut.solve(late)
-        partial = reduce | unreduced
-        masked = frozenset(
-            Edge(o.node, node, j)
-            for node in partial
-            for j, o in enumerate(ops[node].operands)
-            if (node not in sources and ops[node].linear.kind == "add" and o.node not in unreduced)
-            or j in ops[node].added  # a bias: of a contraction, or of a linear layer that a Partial passes through
-        )
-        return Forward(reduce, partial, masked, cost)
+        _, reduce, _ = cut.solve(late)
+        return self._forward_of(reduce, sorted(added, key=self.order.__getitem__), sources, sharded, accepts, masks)
+
+    def _forward_of(
+        self,
+        reduce: frozenset[fx.Node],
+        reached: Iterable[fx.Node],
+        sources: set[fx.Node],
+        sharded: frozenset[Atom],
+        accepts: Callable[[Edge], bool],
+        masks: bool,
+    ) -> Forward:
+        """What is Partial, and masked, where these values are reduced, of those ``reached`` (in the graph's order).
+
+        Raises:
+            PlanError: something would be masked where nothing can mask it.
+        """
+        ops = self.analysis.ops
+        partial = set(sources)
+        for node in reached:
+            if any(
+                o.node in partial and o.node not in reduce and accepts(Edge(o.node, node, i))
+                for i, o in enumerate(ops[node].operands)
+            ):
+                partial.add(node)
+        masked = set()
+        for node in partial:
+            info = ops[node]
+            for j, o in enumerate(info.operands):
+                edge = Edge(o.node, node, j)
+                if j in info.added:  # a bias: of a contraction, or of a linear layer that a Partial passes through
+                    masked.add(edge)
+                elif node not in sources and info.linear.kind == "add" and o.node not in partial - reduce:
+                    if not (masks and self.places.mask(edge)):
+                        raise PlanError(f"{node}: takes a whole value and parts of others, of which one must be summed")
+                    masked.add(edge)
+        summed = frozenset(partial) & reduce
+        cost = sum(self._sum_cost(node, sharded) + (self.places.reduce(node) or 0) for node in summed)
+        return Forward(summed, frozenset(partial), frozenset(masked), cost)
 
     # ---- backward ------------------------------------------------------------------------------
 
@@ -428,10 +457,7 @@ class Flow:
                     stop = True
             if stop:
                 cut.end(node)
-        for (
-            _,
-            consumer,
-        ) in gathered:  # backwards, each rank keeps its slice of what has to be a whole gradient
+        for _, consumer in gathered:  # backwards, each rank keeps its slice of what has to be a whole gradient
             if consumer in reached:
                 cut.end(consumer)
         cost, entered, uncut = cut.solve()

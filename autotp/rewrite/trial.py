@@ -14,6 +14,7 @@ from ..axes.layout import Partition
 from ..axes.term import Atom
 from ..axes.term import atoms_of as term_atoms
 from ..errors import AutoTPError, RewriteError, VerifyError
+from ..plan.proof import prove
 from ..runtime.group import pretend_group
 from ..trace.provenance import AttrPath, Const, Dim, evaluate, expression, sizes_in
 from .apply import AttrKey, LocalConstants, apply, attribute_of
@@ -166,16 +167,20 @@ def rewrite_and_verify(
     prefix: str = "",
     verify: bool = True,
 ) -> Rewriting:
-    """Compile the choice to edits and prove them on skeletons, in every scenario, for each kind of the ``ranks``.
+    """Prove the choice, compile it to edits and prove them on skeletons, in every scenario, for each kind of the
+    ``ranks``.
 
     Raises:
-        RewriteError: the code cannot be edited so; VerifyError: it can, but does not compute what was planned.
+        RewriteError: the code cannot be edited so; VerifyError: it can, but does not compute what was planned, or what
+            was planned is not what the model computes.
     """
     program = merged(main, others, tp)
     views = [main, *(view for view, _ in others)]
     partition = main.rank(0, tp, prefix).partition
     if not verify:
         return Rewriting(program, partition, {}, "")
+    for view in views:
+        prove(view.analysis, view.choice.communication, view.choice.ranges, view.gradients)
     verifiers = [Verifier(v.analysis, v.choice, v.program, v.anchors, v.gradients) for v in views]
     constants: dict[int, LocalConstants] = {}
     proven: dict[object, LocalConstants] = {}
