@@ -61,8 +61,6 @@ def prove(
     Raises:
         VerifyError: an op would not get what it needs, or something is summed that is whole; names the op.
     """
-    if not ranges:
-        return
     forward = Forward(analysis, communication, Ranks(ranges))
     forward.run()
     if gradients:
@@ -144,6 +142,7 @@ class Walk:
     def __init__(self, analysis: Analysis, plan: Communication, ranks: Ranks) -> None:
         self.analysis, self.plan, self.ranks = analysis, plan, ranks
         self.outputs = {port.node for port in analysis.trace.outputs}
+        self.after_op = {(c.kind, c.producer, c.operand, c.dim) for c in plan.conversions if c.consumer is None}
         self.converted = {Edge(c.producer, c.consumer, c.operand) for c in plan.conversions if c.consumer is not None}
 
     def index_space(
@@ -185,6 +184,7 @@ class Forward(Walk):
             for k, dims in enumerate(outputs):
                 held = self.whole(self.ranks.of(dims)) if info is None else self.made(node, info, dims)
                 self.values[node, k] = self.reduced(node, held)
+                self.check_ends(node, k, dims, frozenset() if info is None else info.whole_out)
 
     def reduced(self, node: fx.Node, held: Held) -> Held:
         addends = [region for region, state in held.items() if state is not WHOLE]
@@ -194,9 +194,21 @@ class Forward(Walk):
             if addends and node in self.outputs:
                 raise self.error(node, "returned, and an addend on each rank")
             return held
+        if len(addends) < len(held):
+            raise self.error(node, "summed, and whole on each rank")
         if not all(self.ranks.is_in_groups(region) for region in addends):
             raise self.error(node, "summed by ranks of which some have only a part in common")
         return self.whole(held)
+
+    def check_ends(self, node: fx.Node, k: int, dims: Dims, whole_out: frozenset[tuple[int, int]]) -> None:
+        """What is computed whole is sliced if it is used so, and what is returned is gathered."""
+        for d, dim in enumerate(dims):
+            if self.ranks.of((dim,)) == {frozenset()}:
+                continue
+            if (k, d) in whole_out and ("take", node, k, d) not in self.after_op:
+                raise self.error(node, "computed whole, and not sliced")
+            if node in self.outputs and ("gather", node, k, d) not in self.after_op:
+                raise self.error(node, "returned, and not gathered")
 
     def made(self, node: fx.Node, info: OpInfo, dims: Dims) -> Held:
         operands = [self.taken(node, i) for i in range(len(info.operands))]

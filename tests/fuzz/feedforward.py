@@ -97,6 +97,21 @@ def _segments(c: Code, width: int, inner: int, act: str) -> str:
     return c.let(f"{act}({g}) * {a} * {s}")
 
 
+def summed(c: Code, width: int) -> None:
+    """Several projections of one hidden layer, some scaled, added up in some order; one is needed for itself too."""
+    draw = c.draw
+    inner = draw.number(5, 20)
+    h = c.let(f"{draw.pick(*ACTS)}({c.linear('up', width, inner)}(x))")
+    terms = [c.let(f"{c.linear('out', inner, width)}({h})", "y") for _ in range(draw.number(2, 4))]
+    kept = terms[0]
+    terms = [c.let(f"{y} * {draw.pick('0.5', '2.0', '-1.5')}", "y") if draw.chance(0.5) else y for y in terms]
+    while len(terms) > 1:
+        a, b = draw.some(terms, 2)
+        terms = [*(y for y in terms if y not in (a, b)), c.let(draw.pick(f"{a} + {b}", f"{a}.sub({b})"), "y")]
+    whole = f"{draw.pick(*ACTS)}({kept})"
+    c.do(draw.pick(f"return {terms[0]} + {whole}", f"return torch.tanh({terms[0]}) * {whole}"))
+
+
 def experts(c: Code, width: int) -> None:
     """A mixture of experts: every token through every expert, weighted by a router (zero for the unchosen)."""
     draw = c.draw

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.fuzz.attention import LONGEST, attention
 from tests.fuzz.code import Code, Draw
-from tests.fuzz.feedforward import convolution, experts, library, mlp, scan
+from tests.fuzz.feedforward import convolution, experts, library, mlp, scan, summed
 from tests.fuzz.soup import soup
 from tests.models.case import randomize
 
@@ -122,7 +122,7 @@ def _module(name: str, text: str) -> types.ModuleType:
 Part = Callable[[Code, int], None]
 
 PARTS: dict[Part, float] = {
-    attention: 6.0, mlp: 4.0, soup: 3.0, experts: 1.0, convolution: 1.0, scan: 1.0, library: 0.8,
+    attention: 6.0, mlp: 4.0, soup: 3.0, experts: 1.0, convolution: 1.0, scan: 1.0, summed: 0.8, library: 0.8,
 }  # fmt: skip
 
 

@@ -107,6 +107,26 @@ def seeded(seed: int, length: int, products: bool = True) -> Net:
     return draw(random.Random(seed).randrange, length, products)
 
 
+def sums(seed: int) -> Net:
+    """The outputs of one sharded layer's consumers, some scaled, added up in any order; some are needed whole too."""
+    choose = random.Random(seed).randrange
+    wide = WIDTHS[choose(len(WIDTHS))]
+    steps: list[Step] = [("linear", 0, MODEL, wide, False), ("relu", 1)]
+    terms = [3, 4, 5]
+    steps += [("linear", 2, wide, MODEL, bool(choose(2))) for _ in terms]
+    whole = terms[: 1 + choose(2)]
+
+    def step(*what: Any) -> int:
+        steps.append(what)
+        return len(steps)
+
+    terms = [step("half", k) if choose(2) else k for k in terms]
+    while len(terms) > 1:
+        a, b = (terms.pop(choose(len(terms))) for _ in range(2))
+        terms.append(step("add", a, b))
+    return Net(steps, tuple([step("norm", k, MODEL) for k in (*terms, *whole)]), tokens=False)
+
+
 def analysed(model: nn.Module, *inputs: Tensor, seq: int = 5) -> Analysis:
     """The analysis of a model (of a `Net` with its own inputs)."""
     if isinstance(model, Net):

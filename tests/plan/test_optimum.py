@@ -22,7 +22,7 @@ from autotp.plan.cut import VertexCut
 from autotp.plan.planner import TOLERANCE, Choice, choose
 from autotp.plan.reductions import Flow
 from tests.plan.bruteforce import Answer, Impossible, Ranks, check_valid, legal, maximal_sets, weight_bytes
-from tests.plan.nets import Net, analysed, draw, seeded
+from tests.plan.nets import Net, analysed, draw, seeded, sums
 
 TP = 2
 SHORT, LONG = 5, 2003  # tokens: a collective costs its start, or its bytes
@@ -70,6 +70,13 @@ def test_reduce_points(length: int, seq: int) -> None:
 @given(st.data(), st.integers(3, 10), st.sampled_from([SHORT, LONG]))
 def test_reduce_points_by_hypothesis(data: st.DataObject, length: int, seq: int) -> None:
     check(analysed(draw(lambda n: data.draw(st.integers(0, n - 1)), length, products=False), seq=seq))
+
+
+@pytest.mark.parametrize("seq", [SHORT, LONG])
+def test_sums_of_what_is_summed_already(seq: int) -> None:
+    """Where a value is needed whole, it is whole for the sums that it is part of as well: it counts there once."""
+    sets = sum(check(analysed(sums(seed), seq=seq)) for seed in range(40))
+    assert sets > 60
 
 
 @pytest.mark.parametrize("seq", [SHORT, LONG])

@@ -1,0 +1,173 @@
+"""The second walk over a plan (`autotp.plan.proof`): what is right it takes, what is changed it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from autotp.axes.analysis import Analysis
+from autotp.errors import AutoTPError, PlanError, VerifyError
+from autotp.plan.candidates import Candidate, candidates
+from autotp.plan.communication import Communication, Edge
+from autotp.plan.planner import choose
+from autotp.plan.proof import prove
+from autotp.plan.reductions import Flow
+from autotp.trace.differentiable import differentiable
+from tests.fuzz.models import draw_model
+from tests.models.mechanisms import IN_GROUPS, floats
+from tests.plan.nets import analysed, seeded, sums
+
+T = TypeVar("T")
+Planned = tuple[Analysis, tuple[Candidate, ...], Communication]
+
+
+def proven(analysis: Analysis, chosen: Iterable[Candidate], plan: Communication) -> None:
+    prove(analysis, plan, {a: r for c in chosen for a, r in zip(c.atoms, c.ranges, strict=True)})
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
+    """Every plan that the planner compares, not only the one that it takes."""
+    found: list[Planned] = []
+    right = Flow.communicate
+
+    def communicate(self: Flow, chosen: tuple[Candidate, ...], gradients: bool = True) -> Communication:
+        plan = right(self, chosen, gradients)
+        found.append((self.analysis, chosen, plan))
+        return plan
+
+    monkeypatch.setattr(Flow, "communicate", communicate)
+    return found
+
+
+def random_model(seed: int) -> tuple[Analysis, int] | None:
+    drawn = draw_model(seed)
+    try:
+        return analysed(drawn.build().eval(), *drawn.inputs()), drawn.tp
+    except AutoTPError:
+        return None
+
+
+@pytest.mark.parametrize("start", range(0, 60, 20))
+def test_what_is_planned_is_proven(start: int, looked_at: list[Planned]) -> None:
+    """Of random models over 2 to 5 ranks: heads shared by ranks, fused projections, writes in place."""
+    for seed in range(start, start + 20):
+        found = random_model(seed)
+        if found is not None:
+            choose(*found)
+    assert len(looked_at) > 40
+    for planned in looked_at:
+        proven(*planned)
+
+
+# ---- each change of a plan is refused ------------------------------------------------------------------
+
+
+def without(items: frozenset[T], item: T) -> frozenset[T]:
+    return items - {item}
+
+
+def with_gradient(analysis: Analysis) -> set[fx.Node]:
+    """The values that a returned one depends on, differentiably."""
+    own = differentiable(analysis.trace)
+    found = {port.node for port in analysis.trace.outputs} & own
+    for node in reversed(list(analysis.ops)):
+        if node in found:
+            found |= own.intersection(operand.node for operand in analysis.ops[node].operands)
+    return found
+
+
+def changed(analysis: Analysis, plan: Communication) -> Iterator[tuple[str, Communication]]:
+    """Every plan that differs in one step, and what was done to the step."""
+    live = with_gradient(analysis)
+    uses: dict[fx.Node, list[Edge]] = defaultdict(list)
+    for node, info in analysis.ops.items():
+        for i, operand in enumerate(info.operands):
+            uses[operand.node].append(Edge(operand.node, node, i))
+    for node in plan.reduce:
+        yield "reduce dropped", replace(plan, reduce=without(plan.reduce, node))
+    for node, edges in plan.enter.items():
+        edges = tuple(edge for edge in edges if edge.consumer in live)
+        if edges:
+            others = {n: e for n, e in plan.enter.items() if n is not node}
+            yield "enter dropped", replace(plan, enter=others)
+        if len(edges) > 1:
+            yield "use dropped", replace(plan, enter=plan.enter | {node: edges[1:]})
+    for node in plan.sync & live:
+        yield "sync dropped", replace(plan, sync=without(plan.sync, node))
+    for edge in plan.masked:
+        yield "mask dropped", replace(plan, masked=without(plan.masked, edge))
+    for node in plan.close & live:
+        yield "close dropped", replace(plan, close=without(plan.close, node))
+    for step in plan.conversions:
+        yield f"{step.kind} dropped", replace(plan, conversions=tuple(c for c in plan.conversions if c is not step))
+    for node in set(analysis.ops) - plan.partial:
+        yield "reduce added", replace(plan, reduce=plan.reduce | {node})
+    for node in live - plan.enter.keys() - plan.sync:
+        edges = tuple(edge for edge in uses[node] if edge.consumer in live)
+        if edges:
+            yield "enter added", replace(plan, enter=plan.enter | {node: edges})
+    for edge in {edge for own in uses.values() for edge in own} - plan.masked:
+        yield "mask added", replace(plan, masked=plan.masked | {edge})
+
+
+def refused(analysis: Analysis, tp: int) -> Counter[str]:
+    """Of each kind of change how many there were; each one is refused."""
+    choice = choose(analysis, tp)
+    proven(analysis, choice.candidates, choice.communication)
+    tried: Counter[str] = Counter()
+    for kind, plan in changed(analysis, choice.communication):
+        tried[kind] += 1
+        with pytest.raises(VerifyError, match="the plan would be wrong at"):
+            proven(analysis, choice.candidates, plan)
+    return tried
+
+
+def test_each_change_of_a_small_plan_is_refused() -> None:
+    tried: Counter[str] = Counter()
+    for seed in range(12):
+        tried += refused(analysed(seeded(seed, 9)), 2) + refused(analysed(sums(seed)), 2)
+    for build, _ in IN_GROUPS.values():
+        tried += refused(analysed(build(3).eval(), floats(2)), 4)
+    assert min(tried[kind] for kind in ("reduce dropped", "enter dropped", "mask dropped", "sync dropped")) > 3
+    assert min(tried[kind] for kind in ("reduce added", "enter added", "mask added")) > 100
+
+
+def test_each_change_of_a_random_models_plan_is_refused() -> None:
+    tried: Counter[str] = Counter()
+    for seed in range(24):
+        found = random_model(seed)
+        if found is not None:
+            tried += refused(*found)
+    assert min(tried[kind] for kind in ("gather dropped", "take dropped", "close dropped", "use dropped")) > 0
+
+
+class WrittenTo(nn.Module):
+    """A whole value is written into another one, which then enters a sharded region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.up, self.down = nn.Linear(10, 10), nn.Linear(10, 46), nn.Linear(46, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[:, 1:] += self.own(x)[:, :-1]
+        return self.down(torch.relu(self.up(y)))
+
+
+def test_a_gradient_that_passes_through_memory_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed where the memory was made, it would not be summed for what was written there later."""
+    analysis = analysed(WrittenTo(), torch.zeros(2, 5, 10))
+    hidden = next(c for c in candidates(analysis, 2) if c.size == 46)
+    with pytest.raises(PlanError):
+        Flow(analysis).communicate((hidden,))
+    monkeypatch.setattr(Flow, "_written_to_later", lambda self: frozenset())
+    plan = Flow(analysis).communicate((hidden,))
+    with pytest.raises(VerifyError, match="not for all uses from which it is an addend"):
+        proven(analysis, (hidden,), plan)
