@@ -243,6 +243,20 @@ def ids() -> Tensor:
     return torch.randint(0, 158, (BATCH, SEQ), generator=torch.Generator().manual_seed(5))
 
 
+class SummedAlready(nn.Module):
+    """One of three projections is needed whole by itself, and scaled for the sum with the other two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(10, 46)
+        self.first, self.second, self.third = (nn.Linear(46, 10, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.up(x))
+        kept = self.first(h)
+        return torch.tanh((self.second(h) + kept * 2) + self.third(h)), torch.tanh(kept)
+
+
 def floats(width: int) -> Tensor:
     return torch.randn(BATCH, SEQ, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -344,6 +358,9 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
     "separable chain": (SeparableChain, images, "stem.weight"),
     "refined points": (RefinedPoints, lambda: floats(14), "head.0.weight head.2.weight ups.0.weight ups.2.weight"),
     "pooled": (Pooled, lambda: floats(12), "up.weight down.weight"),
+    "summed already": (
+        SummedAlready, lambda: floats(10), "up.weight first.weight second.weight third.weight",
+    ),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip
 
