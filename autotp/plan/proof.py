@@ -157,12 +157,16 @@ class Walk:
             dims = []
         taken: set[Cat] = set().union(*(self.ranks.cut(d) for d in dims))
         if node.target in FILLS or taken != self.ranks.cut(result) | self.ranks.cut(info.contracted):
-            own = [self.ranks.of(d) for d in dims] or [set() for _ in info.operands]
+            parts = [self.ranks.of(d) for d in dims] or [set() for _ in info.operands]
             for region in self.ranks.of(result):
-                yield [region if region in regions else None for regions in own], region, region
+                yield [region if region in regions else None for regions in parts], region, region
             return
+        elsewhere = frozenset(a for out in info.out if out != result for dim in out for a in atoms_of(dim))
         for found in self.ranks.regions((*dims, result, info.contracted)):
-            yield found[:-2], found[-2], frozenset().union(*found)
+            *operands, own, summed = found
+            other = elsewhere - own - summed  # in other outputs only: this one (a kernel's seed) is not made of it
+            taking = [None if region & other else region for region in operands]
+            yield taking, own, own.union(summed, *(region for region in taking if region is not None))
 
     @staticmethod
     def whole(regions: Iterable[Region]) -> Held:

@@ -171,3 +171,25 @@ def test_a_gradient_that_passes_through_memory_is_followed(monkeypatch: pytest.M
     plan = Flow(analysis).communicate((hidden,))
     with pytest.raises(VerifyError, match="not for all uses from which it is an addend"):
         proven(analysis, (hidden,), plan)
+
+
+class Bags(nn.Module):
+    """An op with several outputs, of which only the first holds the table's axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(23, 14))
+        self.up, self.down = nn.Linear(14, 46, bias=False), nn.Linear(46, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(nn.functional.embedding_bag(ids, self.table, mode="sum"))))
+
+
+def test_an_output_that_is_not_made_of_the_sharded_axes(looked_at: list[Planned]) -> None:
+    analysis = analysed(Bags(), torch.zeros(3, 5, dtype=torch.long))
+    assert len(next(info.out for node, info in analysis.ops.items() if "embedding_bag" in str(node.target))) == 4
+    table = [c for c in candidates(analysis, 2) if c.size == 14]
+    Flow(analysis).communicate(tuple(table))
+    assert table
+    for planned in looked_at:
+        proven(*planned)
