@@ -157,6 +157,8 @@ class Walk:
             dims = []
         taken: set[Cat] = set().union(*(self.ranks.cut(d) for d in dims))
         if node.target in FILLS or taken != self.ranks.cut(result) | self.ranks.cut(info.contracted):
+            if self.ranks.of(info.contracted) != {frozenset()}:
+                raise self.error(node, "sums over a sharded axis, and takes parts of another one apart")
             parts = [self.ranks.of(d) for d in dims] or [set() for _ in info.operands]
             for region in self.ranks.of(result):
                 yield [region if region in regions else None for regions in parts], region, region
