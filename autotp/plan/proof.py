@@ -170,6 +170,12 @@ class Walk:
             taking = [None if region & other else region for region in operands]
             yield taking, own, own.union(summed, *(region for region in taking if region is not None))
 
+    def computed(self, node: fx.Node, k: int) -> Dims:
+        """The dims of an output before it is sliced, where the op computes more than is used of it."""
+        info = self.analysis.ops.get(node)
+        whole = frozenset() if info is None else info.whole_out
+        return tuple(() if (k, d) in whole else dim for d, dim in enumerate(self.analysis.dims[node][k]))
+
     @staticmethod
     def whole(regions: Iterable[Region]) -> Held:
         return dict.fromkeys(regions, WHOLE)
@@ -188,9 +194,15 @@ class Forward(Walk):
         for node, outputs in self.analysis.dims.items():
             info = self.analysis.ops.get(node)
             for k, dims in enumerate(outputs):
-                held = self.whole(self.ranks.of(dims)) if info is None else self.made(node, info, dims)
-                self.values[node, k] = self.reduced(node, held)
-                self.check_ends(node, k, dims, frozenset() if info is None else info.whole_out)
+                computed = self.computed(node, k)
+                held = self.whole(self.ranks.of(dims)) if info is None else self.made(node, info, computed)
+                held = self.reduced(node, held)
+                if self.ranks.of(computed) != self.ranks.of(dims):
+                    if any(state is not WHOLE for state in held.values()):
+                        raise self.error(node, "computed whole and sliced, and an addend on each rank")
+                    held = self.whole(self.ranks.of(dims))
+                self.values[node, k] = held
+                self.check_ends(node, k, dims, computed)
 
     def reduced(self, node: fx.Node, held: Held) -> Held:
         addends = [region for region, state in held.items() if state is not WHOLE]
@@ -206,15 +218,14 @@ class Forward(Walk):
             raise self.error(node, "summed by ranks of which some have only a part in common")
         return self.whole(held)
 
-    def check_ends(self, node: fx.Node, k: int, dims: Dims, whole_out: frozenset[tuple[int, int]]) -> None:
+    def check_ends(self, node: fx.Node, k: int, dims: Dims, computed: Dims) -> None:
         """What is computed whole is sliced if it is used so, and what is returned is gathered."""
-        for d, dim in enumerate(dims):
-            if self.ranks.of((dim,)) == {frozenset()}:
-                continue
-            if (k, d) in whole_out and ("take", node, k, d) not in self.after_op:
+        for d, (dim, own) in enumerate(zip(dims, computed, strict=True)):
+            if self.ranks.of((dim,)) != self.ranks.of((own,)) and ("take", node, k, d) not in self.after_op:
                 raise self.error(node, "computed whole, and not sliced")
-            if node in self.outputs and ("gather", node, k, d) not in self.after_op:
-                raise self.error(node, "returned, and not gathered")
+            if self.ranks.of((dim,)) != {frozenset()} and node in self.outputs:
+                if ("gather", node, k, d) not in self.after_op:
+                    raise self.error(node, "returned, and not gathered")
 
     def made(self, node: fx.Node, info: OpInfo, dims: Dims) -> Held:
         operands = [self.taken(node, i) for i in range(len(info.operands))]
@@ -290,10 +301,28 @@ class Backward(Walk):
                 info = self.analysis.ops.get(node)
                 if info is None:
                     self.end(node, gradient)
-                elif node in self.plan.close:  # made whole, then sliced: so is its gradient, the other way round
-                    self.to_operands(node, info, (), {frozenset(): WHOLE})
-                else:
-                    self.to_operands(node, info, dims, gradient)
+                    continue
+                computed = self.ranks.of(self.computed(node, k))
+                if node in self.plan.close:
+                    gradient = self.closed(node, computed, gradient)
+                elif computed != self.ranks.of(dims):
+                    gradient = self.of_slice(node, computed, gradient)
+                self.to_operands(node, info, self.computed(node, k), gradient)
+
+    def closed(self, node: fx.Node, computed: Iterable[Region], gradient: Held) -> Held:
+        """The gradient of what is computed whole and then sliced, made whole from the ranks' slices of it."""
+        if any(state is not WHOLE for state in gradient.values()):
+            raise self.error(node, "its gradient is made whole from slices, which are addends")
+        return self.whole(computed)
+
+    def of_slice(self, node: fx.Node, whole: Iterable[Region], gradient: Held) -> Held:
+        """The gradient of what a rank slices, given that of the slice: zero beside it."""
+        found: Held = {}
+        for region, used in itertools.product(whole, gradient):
+            state = self.passed(node, region, used, used, gradient[used])
+            if found.setdefault(region, state) != state:
+                raise self.error(node, "sliced, and a part of it is sharded already")
+        return found
 
     def summed(self, node: fx.Node, k: int) -> Held:
         """The gradient from all uses, those summed that the plan sums."""
@@ -375,11 +404,7 @@ class Backward(Walk):
                 raise self.error(node, f"gathers {edge.producer.name}, and the gradient of that is an addend")
             held = self.whole(made)
         elif edge in self.converted:
-            sliced, held = held, {}
-            for region, used in itertools.product(made, sliced):
-                state = self.passed(node, region, used, used, sliced[used])
-                if held.setdefault(region, state) != state:
-                    raise self.error(node, f"slices {edge.producer.name}, of which a part is sliced already")
+            held = self.of_slice(node, made, held)
         self.uses[key].append((edge, held))
         start, stop = self.order[edge.producer], self.order[node]
         for write in {w for s in storages(edge.producer) if self.writes for w in self.writes.get(s, ())}:

@@ -262,7 +262,7 @@ class Flow:
         """Ops on gathered operands: a gather can only go backwards from a whole gradient.
 
         Raises:
-            PlanError: a gathered value enters an op over another sharded axis.
+            PlanError: a gathered value enters an op over another sharded axis, or a sum over one is sliced.
         """
         ops = self.analysis.ops
         gathering = {c.consumer for c in conversions if c.kind == "gather" and c.consumer is not None}
@@ -272,6 +272,9 @@ class Flow:
             operands = {a for operand in ops[node].operands for a in atoms_of(operand.dims)}
             if sharded & operands or (node not in sliced and self.held_by_op(node, sharded)):
                 raise PlanError(f"{node}: a gathered value enters an op over another sharded axis")
+        for node in sliced & self.differentiable:
+            if not sharded.isdisjoint(atoms_of(ops[node].contracted)):
+                raise PlanError(f"{node}: sums over one sharded axis, and is sliced along another")
         return frozenset(gathering & sliced)
 
     # ---- forward -------------------------------------------------------------------------------

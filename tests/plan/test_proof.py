@@ -193,3 +193,31 @@ def test_an_output_that_is_not_made_of_the_sharded_axes(looked_at: list[Planned]
     assert table
     for planned in looked_at:
         proven(*planned)
+
+
+class ConvolvedThenFlat(nn.Module):
+    """A convolution sums over the channels, and the columns of its result are features of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 14, 1), nn.Conv2d(14, 3, 3)
+        self.last = nn.Linear(3 * 22, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.last(y.transpose(1, 2).flatten(2))
+
+
+def test_a_sum_over_one_axis_that_is_sliced_along_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backwards each rank would have the gradient of its own columns only, and of its channels need that of all."""
+    analysis = analysed(ConvolvedThenFlat(), torch.zeros(2, 1, 9, 24))
+    chosen = tuple(c for c in candidates(analysis, 2) if c.size in (14, 22))
+    assert len(chosen) == 2
+    with pytest.raises(PlanError, match="sums over one sharded axis, and is sliced along another"):
+        Flow(analysis).communicate(chosen)
+    for each in chosen:
+        proven(analysis, (each,), Flow(analysis).communicate((each,)))
+    monkeypatch.setattr(Flow, "_closed", lambda self, sharded, conversions: frozenset())
+    plan = Flow(analysis).communicate(chosen)
+    with pytest.raises(VerifyError, match="its gradient is to be whole, and is an addend on each rank"):
+        proven(analysis, chosen, plan)
