@@ -146,12 +146,13 @@ class Walk:
         self.converted = {Edge(c.producer, c.consumer, c.operand) for c in plan.conversions if c.consumer is not None}
 
     def index_space(
-        self, node: fx.Node, info: OpInfo, result: Dims
+        self, node: fx.Node, info: OpInfo, k: int
     ) -> Iterator[tuple[Sequence[Region | None], Region, Region]]:
-        """(of each operand, of the result, of the op) for each region of an op; None: the operand has no part in it.
+        """(of each operand, of output ``k``, of the op) for each region of an op; None: the operand has no part in it.
 
         Where parts of a value are taken apart or put together, an operand has to do with its own parts of the result.
         """
+        result = self.computed(node, k)
         dims = [operand.dims for operand in info.operands]
         if node.target in FILLS:  # which read no values
             dims = []
@@ -163,7 +164,7 @@ class Walk:
             for region in self.ranks.of(result):
                 yield [region if region in regions else None for regions in parts], region, region
             return
-        elsewhere = frozenset(a for out in info.out if out != result for dim in out for a in atoms_of(dim))
+        elsewhere = frozenset(a for j, out in enumerate(info.out) if j != k for dim in out for a in atoms_of(dim))
         for found in self.ranks.regions((*dims, result, info.contracted)):
             *operands, own, summed = found
             other = elsewhere - own - summed  # in other outputs only: this one (a kernel's seed) is not made of it
@@ -195,7 +196,7 @@ class Forward(Walk):
             info = self.analysis.ops.get(node)
             for k, dims in enumerate(outputs):
                 computed = self.computed(node, k)
-                held = self.whole(self.ranks.of(dims)) if info is None else self.made(node, info, computed)
+                held = self.whole(self.ranks.of(dims)) if info is None else self.made(node, info, k)
                 held = self.reduced(node, held)
                 if self.ranks.of(computed) != self.ranks.of(dims):
                     if any(state is not WHOLE for state in held.values()):
@@ -227,10 +228,10 @@ class Forward(Walk):
                 if ("gather", node, k, d) not in self.after_op:
                     raise self.error(node, "returned, and not gathered")
 
-    def made(self, node: fx.Node, info: OpInfo, dims: Dims) -> Held:
+    def made(self, node: fx.Node, info: OpInfo, k: int) -> Held:
         operands = [self.taken(node, i) for i in range(len(info.operands))]
         found: Held = {}
-        for regions, result, op in self.index_space(node, info, dims):
+        for regions, result, op in self.index_space(node, info, k):
             states = [WHOLE if r is None else held[r] for r, held in zip(regions, operands, strict=True)]
             state = self.combined(node, info, states, result, op)
             if found.setdefault(result, state) != state:
@@ -307,7 +308,7 @@ class Backward(Walk):
                     gradient = self.closed(node, computed, gradient)
                 elif computed != self.ranks.of(dims):
                     gradient = self.of_slice(node, computed, gradient)
-                self.to_operands(node, info, self.computed(node, k), gradient)
+                self.to_operands(node, info, k, gradient)
 
     def closed(self, node: fx.Node, computed: Iterable[Region], gradient: Held) -> Held:
         """The gradient of what is computed whole and then sliced, made whole from the ranks' slices of it."""
@@ -349,9 +350,9 @@ class Backward(Walk):
         if node not in self.plan.sync and states - {WHOLE}:
             raise self.error(node, "its gradient is an addend on each rank, and is not summed")
 
-    def to_operands(self, node: fx.Node, info: OpInfo, result: Dims, gradient: Held) -> None:
+    def to_operands(self, node: fx.Node, info: OpInfo, k: int, gradient: Held) -> None:
         found: list[Held] = [{} for _ in info.operands]
-        for regions, own, op in self.index_space(node, info, result):
+        for regions, own, op in self.index_space(node, info, k):
             if own not in gradient:
                 continue
             for i, region in enumerate(regions):
