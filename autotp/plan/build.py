@@ -24,6 +24,8 @@ from .plan import Axis, Collective, Entry, Plan
 from .planner import Choice
 from .price import nbytes
 
+UNUSED = "nothing in the traced forward uses it"
+
 
 def build_plan(
     model: nn.Module,
@@ -173,7 +175,7 @@ class _Builder:
         if not atoms:
             return "a single element"
         if not any(operand.node is node for info in self.analysis.ops.values() for operand in info.operands):
-            return "nothing in the traced forward uses it"
+            return UNUSED
         for user, _ in self.uses.ends(node):
             for operand in self.analysis.ops[user].operands:
                 if operand.node is node and not set(atoms) <= set(atoms_of(operand.dims)):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -293,6 +293,9 @@ class Flow:
             return Forward()
         converted = {(c.producer, c.consumer) for c in conversions}
 
+        def maskable(edge: Edge) -> bool:
+            return masks and self.places.mask(edge)
+
         def accepts(edge: Edge) -> bool:
             info = ops[edge.consumer]
             if info.mutates is not None or (edge.producer, edge.consumer) in converted:
@@ -301,7 +304,7 @@ class Flow:
                 return False  # a sum is taken in the dtype in which it arose: rounding is not linear
             if info.linear.kind == "add":
                 return (not info.linear.of or edge.operand in info.linear.of) and all(
-                    o.node in reached or (masks and self.places.mask(Edge(o.node, edge.consumer, j)))
+                    o.node in reached or maskable(Edge(o.node, edge.consumer, j))
                     for j, o in enumerate(info.operands)
                 )
             if info.linear.kind == "mul":
@@ -319,6 +322,7 @@ class Flow:
         cut: VertexCut[fx.Node] = VertexCut(self._cuts)
         frontier = sorted(sources, key=self.order.__getitem__)
         added = set(frontier)
+        passing: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # op → operands of which a Partial passes through it
         for node in frontier:
             cut.start(node)
         while frontier:
@@ -329,7 +333,8 @@ class Flow:
             for edge in self.uses[node]:
                 if accepts(edge):
                     cut.flow(node, edge.consumer)
-                    if edge.consumer not in sources and not (masks and self.places.mask(edge)):
+                    passing[edge.consumer].append(node)
+                    if edge.consumer not in sources and not maskable(edge):
                         cut.only_with(edge.consumer, node)
                     if edge.consumer not in added:
                         added.add(edge.consumer)
@@ -339,29 +344,25 @@ class Flow:
             if whole:
                 cut.end(node)
         _, reduce, _ = cut.solve(late)
-        return self._forward_of(reduce, sorted(added, key=self.order.__getitem__), sources, sharded, accepts, masks)
+        return self._forward_of(reduce, sources, passing, sharded, maskable)
 
     def _forward_of(
         self,
         reduce: frozenset[fx.Node],
-        reached: Iterable[fx.Node],
         sources: set[fx.Node],
+        passing: Mapping[fx.Node, Sequence[fx.Node]],
         sharded: frozenset[Atom],
-        accepts: Callable[[Edge], bool],
-        masks: bool,
+        maskable: Callable[[Edge], bool],
     ) -> Forward:
-        """What is Partial, and masked, where these values are reduced, of those ``reached`` (in the graph's order).
+        """What is Partial, and masked, where these values are reduced.
 
         Raises:
             PlanError: something would be masked where nothing can mask it.
         """
         ops = self.analysis.ops
         partial = set(sources)
-        for node in reached:
-            if any(
-                o.node in partial and o.node not in reduce and accepts(Edge(o.node, node, i))
-                for i, o in enumerate(ops[node].operands)
-            ):
+        for node in sorted(passing, key=self.order.__getitem__):
+            if any(operand in partial and operand not in reduce for operand in passing[node]):
                 partial.add(node)
         masked = set()
         for node in partial:
@@ -371,7 +372,7 @@ class Flow:
                 if j in info.added:  # a bias: of a contraction, or of a linear layer that a Partial passes through
                     masked.add(edge)
                 elif node not in sources and info.linear.kind == "add" and o.node not in partial - reduce:
-                    if not (masks and self.places.mask(edge)):
+                    if not maskable(edge):
                         raise PlanError(f"{node}: takes a whole value and parts of others, of which one must be summed")
                     masked.add(edge)
         summed = frozenset(partial) & reduce

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.errors import AutoTPError
+from autotp.plan.build import UNUSED
 from autotp.rewrite.state import sharding_of
 from tests.e2e.compare import (
     Problems,
@@ -39,7 +40,6 @@ from tests.models.case import call
 # layers deep, and norms of small values lose two or three digits. What is wrong is so by about the size of the value.
 RTOL = 1e-10
 NUDGE = 1e-14  # relative, of each weight: what this changes by more than RTOL, rounding may change too
-UNUSED = "nothing in the traced forward uses it"  # a plan's note on the weights of a branch that is not taken
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def check(drawn: FuzzModel) -> Found:
     else:
         sharding = sharding_of(model)
         assert sharding is not None
+        # weights of a branch that is not taken
         unused = sum(e.global_bytes * e.count for e in sharding.plan.entries if e.note == UNUSED)
         share = sharding.plan.sharded_bytes / (sharding.plan.weight_bytes - unused)
         compare_parameters(problems, model, reference, sharding)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
 
 import pytest
 import torch
@@ -14,21 +13,21 @@ from torch import Tensor, fx, nn
 from autotp.axes.analysis import Analysis
 from autotp.errors import AutoTPError, PlanError, VerifyError
 from autotp.plan.candidates import Candidate, candidates
-from autotp.plan.communication import Communication, Edge
-from autotp.plan.planner import choose
+from autotp.plan.communication import Communication
+from autotp.plan.planner import Choice, choose
 from autotp.plan.proof import prove
 from autotp.plan.reductions import Flow
+from autotp.rewrite.planned import uses_of
 from autotp.trace.differentiable import differentiable
 from tests.fuzz.models import draw_model
 from tests.models.mechanisms import IN_GROUPS, floats
 from tests.plan.nets import analysed, seeded, sums
 
-T = TypeVar("T")
 Planned = tuple[Analysis, tuple[Candidate, ...], Communication]
 
 
-def proven(analysis: Analysis, chosen: Iterable[Candidate], plan: Communication) -> None:
-    prove(analysis, plan, {a: r for c in chosen for a, r in zip(c.atoms, c.ranges, strict=True)})
+def proven(analysis: Analysis, chosen: tuple[Candidate, ...], plan: Communication) -> None:
+    prove(analysis, plan, Choice(chosen, plan, 0, 0, True).ranges)
 
 
 @pytest.fixture
@@ -69,10 +68,6 @@ def test_what_is_planned_is_proven(start: int, looked_at: list[Planned]) -> None
 # ---- each change of a plan is refused ------------------------------------------------------------------
 
 
-def without(items: frozenset[T], item: T) -> frozenset[T]:
-    return items - {item}
-
-
 def with_gradient(analysis: Analysis) -> set[fx.Node]:
     """The values that a returned one depends on, differentiably."""
     own = differentiable(analysis.trace)
@@ -86,12 +81,9 @@ def with_gradient(analysis: Analysis) -> set[fx.Node]:
 def changed(analysis: Analysis, plan: Communication) -> Iterator[tuple[str, Communication]]:
     """Every plan that differs in one step, and what was done to the step."""
     live = with_gradient(analysis)
-    uses: dict[fx.Node, list[Edge]] = defaultdict(list)
-    for node, info in analysis.ops.items():
-        for i, operand in enumerate(info.operands):
-            uses[operand.node].append(Edge(operand.node, node, i))
+    uses = uses_of(analysis)
     for node in plan.reduce:
-        yield "reduce dropped", replace(plan, reduce=without(plan.reduce, node))
+        yield "reduce dropped", replace(plan, reduce=plan.reduce - {node})
     for node, edges in plan.enter.items():
         edges = tuple(edge for edge in edges if edge.consumer in live)
         if edges:
@@ -100,17 +92,17 @@ def changed(analysis: Analysis, plan: Communication) -> Iterator[tuple[str, Comm
         if len(edges) > 1:
             yield "use dropped", replace(plan, enter=plan.enter | {node: edges[1:]})
     for node in plan.sync & live:
-        yield "sync dropped", replace(plan, sync=without(plan.sync, node))
+        yield "sync dropped", replace(plan, sync=plan.sync - {node})
     for edge in plan.masked:
-        yield "mask dropped", replace(plan, masked=without(plan.masked, edge))
+        yield "mask dropped", replace(plan, masked=plan.masked - {edge})
     for node in plan.close & live:
-        yield "close dropped", replace(plan, close=without(plan.close, node))
+        yield "close dropped", replace(plan, close=plan.close - {node})
     for step in plan.conversions:
         yield f"{step.kind} dropped", replace(plan, conversions=tuple(c for c in plan.conversions if c is not step))
     for node in set(analysis.ops) - plan.partial:
         yield "reduce added", replace(plan, reduce=plan.reduce | {node})
     for node in live - plan.enter.keys() - plan.sync:
-        edges = tuple(edge for edge in uses[node] if edge.consumer in live)
+        edges = tuple(edge for edge in uses.get(node, ()) if edge.consumer in live)
         if edges:
             yield "enter added", replace(plan, enter=plan.enter | {node: edges})
     for edge in {edge for own in uses.values() for edge in own} - plan.masked:
