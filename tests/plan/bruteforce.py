@@ -29,7 +29,7 @@ from torch import fx
 from autotp.axes.analysis import Analysis
 from autotp.axes.dim import Atom, Cat, Dim
 from autotp.plan.candidates import Candidate
-from autotp.plan.communication import Edge
+from autotp.plan.communication import ANYWHERE, Edge, Places
 from autotp.plan.planner import Choice
 from autotp.plan.price import FINE, START_BYTES, TOKENS
 
@@ -160,10 +160,11 @@ def weight_bytes(analysis: Analysis, chosen: Iterable[Candidate]) -> float:
 
 
 class Ranks:
-    """One graph with some axes sharded: what each value is on the ranks."""
+    """One graph with some axes sharded: what each value is on the ranks, where ``places`` has what it takes."""
 
-    def __init__(self, analysis: Analysis, chosen: Iterable[Candidate]) -> None:
+    def __init__(self, analysis: Analysis, chosen: Iterable[Candidate], places: Places = ANYWHERE) -> None:
         self.analysis = analysis
+        self.places = places
         self.ops = analysis.ops
         self.sharded = frozenset(a for c in chosen for a in c.atoms)
         trace = analysis.trace
@@ -261,8 +262,11 @@ class Ranks:
             info = self.ops[node]
             for i, operand in enumerate(info.operands):
                 summand = node not in self.sources and info.linear.kind == "add"
+                edge = Edge(operand.node, node, i)
                 if i in info.added or (summand and operand.node not in partial - reduce):
-                    found.add(Edge(operand.node, node, i))
+                    found.add(edge)
+                    if i not in info.added and not self.places.mask(edge):
+                        raise Impossible(f"{node}: nothing can mask what it adds")
         return found
 
     def reductions(self) -> Iterator[frozenset[fx.Node]]:
@@ -408,7 +412,10 @@ class Ranks:
         for reduce, price in forwards.items():
             if not joint and price > min(forwards.values()):
                 continue
-            partial, masked = self.forward(reduce)
+            try:
+                partial, masked = self.forward(reduce)
+            except Impossible:
+                continue
             for enter, sync in self.enters(partial - reduce, masked):
                 answers.append(Answer(self.cost(reduce, enter, sync), reduce, enter, sync))
         if not answers:

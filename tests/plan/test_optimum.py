@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from autotp.axes.term import Atom
 from autotp.errors import PlanError
 from autotp.plan import planner, reductions
 from autotp.plan.candidates import Candidate, candidates, conflicts
-from autotp.plan.communication import Communication
+from autotp.plan.communication import ANYWHERE, Communication, Places
 from autotp.plan.cut import VertexCut
 from autotp.plan.planner import TOLERANCE, Choice, choose
 from autotp.plan.reductions import Flow
@@ -34,12 +36,12 @@ def able(analysis: Analysis) -> list[Candidate]:
     return [c for c in found if c not in own]
 
 
-def compared(analysis: Analysis) -> Iterator[tuple[Choice, Answer]]:
+def compared(analysis: Analysis, places: Places = ANYWHERE) -> Iterator[tuple[Choice, Answer]]:
     """For each set of axes the planner's communication, proved right, and the cheapest one."""
-    flow = Flow(analysis)
+    flow = Flow(analysis, places)
     for chosen in maximal_sets(analysis, able(analysis)):
         try:
-            best = Ranks(analysis, chosen).best()
+            best = Ranks(analysis, chosen, places).best()
         except Impossible as error:
             if "partly common" not in str(error):
                 with pytest.raises(PlanError):
@@ -50,9 +52,9 @@ def compared(analysis: Analysis) -> Iterator[tuple[Choice, Answer]]:
         yield choice, best
 
 
-def check(analysis: Analysis) -> int:
+def check(analysis: Analysis, places: Places = ANYWHERE) -> int:
     """The planner's communication is right and the cheapest for every set of axes; how many sets there are."""
-    pairs = list(compared(analysis))
+    pairs = list(compared(analysis, places))
     for choice, best in pairs:
         assert choice.communication.cost_bytes == best.cost
     return len(pairs)
@@ -77,6 +79,22 @@ def test_sums_of_what_is_summed_already(seq: int) -> None:
     """Where a value is needed whole, it is whole for the sums that it is part of as well: it counts there once."""
     sets = sum(check(analysed(sums(seed), seq=seq)) for seed in range(40))
     assert sets > 60
+
+
+@pytest.mark.parametrize("seq", [SHORT, LONG])
+def test_sums_that_nothing_can_mask(seq: int) -> None:
+    """Where some ops cannot take a whole value beside parts of others, others have to be summed, or be left to pass."""
+    sets = dearer = 0
+    for seed in range(40):
+        analysis, rng = analysed(sums(seed), seq=seq), random.Random(seed)
+        bare = {node for node in analysis.ops if rng.random() < 0.5}
+        places = replace(ANYWHERE, mask=lambda edge, bare=bare: edge.consumer not in bare)
+        sets += check(analysis, places)
+        for chosen in maximal_sets(analysis, able(analysis)):
+            costs = [Flow(analysis, p).communicate(chosen).cost_bytes for p in (ANYWHERE, places)]
+            dearer += costs[0] < costs[1]
+    assert sets > 60
+    assert dearer > 5
 
 
 @pytest.mark.parametrize("seq", [SHORT, LONG])
