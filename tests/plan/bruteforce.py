@@ -426,9 +426,9 @@ class Ranks:
 # ---- what the planner said -----------------------------------------------------------------------------
 
 
-def check_valid(analysis: Analysis, choice: Choice) -> int:
+def check_valid(analysis: Analysis, choice: Choice, places: Places = ANYWHERE) -> int:
     """Whether the planner's own communication is right, and what it costs."""
-    ranks = Ranks(analysis, choice.candidates)
+    ranks = Ranks(analysis, choice.candidates, places)
     comm = choice.communication
     partial, masked = ranks.forward(comm.reduce)
     assert comm.reduce <= partial, "a value is reduced that is whole"

@@ -48,7 +48,7 @@ def compared(analysis: Analysis, places: Places = ANYWHERE) -> Iterator[tuple[Ch
                     flow.communicate(chosen)
             continue
         choice = Choice(chosen, flow.communicate(chosen), 0, 0, True)
-        assert check_valid(analysis, choice) == choice.communication.cost_bytes
+        assert check_valid(analysis, choice, places) == choice.communication.cost_bytes
         yield choice, best
 
 
