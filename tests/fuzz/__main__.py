@@ -1,5 +1,6 @@
 """Shard random models, and compare each with itself unsharded: exact, or refused, or a bug.
 
+\b
     python -m tests.fuzz --models 2000          # the nightly setting
     python -m tests.fuzz --seed 17 --models 1   # one model again
     python -m tests.fuzz --seed 17 --show       # its source
