@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,22 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
     return None
 
 
+def computed_weights(trace: Trace, leaves: Container[str]) -> frozenset[fx.Node]:
+    """What leaf modules compute of parameters alone, where their weight is none of their parameters: a weight-normed
+    or otherwise parametrized weight, and what it is made by."""
+    modules = dict(trace.module.named_modules())
+    nodes = list(trace.graph.nodes)
+    own = {node for node in nodes if node.op == "get_attr"} | set(trace.params.values())
+    found: set[fx.Node] = set()
+    for call in trace.calls:
+        if call.fqn in leaves and "weight" not in modules[call.fqn]._parameters:
+            for node in nodes[call.first : call.last]:
+                if node.all_input_nodes and own.issuperset(node.all_input_nodes):
+                    own.add(node)
+                    found.add(node)
+    return frozenset(found)
+
+
 def _reused(trace: Trace) -> frozenset[str]:
     """Modules that one call of their parent calls several times: the one ReLU of a block, a layer that is run again."""
     calls = Counter(call.fqn for call in trace.calls)
@@ -83,6 +99,8 @@ class Anchors:
             kind = leaf_kind(self.modules[call.fqn])
             if kind is not None:
                 self.leaves[call.fqn] = kind
+        self.weights = computed_weights(trace, self.leaves)
+        """What leaf modules compute to have a weight."""
         self.inner = {
             call.fqn
             for call in trace.calls

@@ -214,7 +214,7 @@ class _Compiler:
             share = self.shares = self.shares + 1
         for edge in edges:
             leaf = self.anchors.leaf_of(edge.consumer)
-            if leaf is not None:
+            if leaf is not None and node not in self.anchors.weights:
                 self._enter_leaf(leaf, node, edge.consumer, steps)
                 if share is not None:
                     self.draft.share[leaf] = share
@@ -320,6 +320,7 @@ class _Compiler:
             or any(f"{fqn}.{p}" in slices for p in _parameter_names(self.anchors, fqn))
         }
         leaves: list[Leaf] = []
+        rows = self._rows_of_convolutions()
         for fqn in sorted(leaf_names):
             ports = frozenset(self.draft.leaf_ports[fqn])
             before = agree(Boundary(fqn, "in", ()), self.draft.leaf_before[fqn], ports, barrable=False)
@@ -327,9 +328,8 @@ class _Compiler:
             bias = self.draft.bias.get(fqn, "local")
             if bias == "masked" and any(isinstance(step, AllReduce) for step in after):
                 bias = "after"
-            leaves.append(
-                Leaf(fqn, self.anchors.leaves[fqn], before, after, bias, self.draft.share.get(fqn), ports)
-            )
+            kind, share = self.anchors.leaves[fqn], self.draft.share.get(fqn)
+            leaves.append(Leaf(fqn, kind, before, after, bias, share, ports, rows.get(fqn)))
         hooks = {b: agree(b, by_call) for b, by_call in self.draft.hooks.items()}
         failed += self._uneven_wraps()
         if failed:
@@ -356,6 +356,17 @@ class _Compiler:
             self.draft.hook_share,
         )
 
+
+    def _rows_of_convolutions(self) -> dict[str, Dim]:
+        """The first dim of the weight that a convolution takes, which may be computed, by its leaf module."""
+        found: dict[str, Dim] = {}
+        for node, info in self.analysis.ops.items():
+            leaf = self.anchors.leaf_of(node)
+            if leaf is None or self.anchors.leaves[leaf] != "conv" or node in self.anchors.weights:
+                continue
+            if len(info.operands) > 1:  # padding has one
+                found[leaf] = info.operands[1].dims[0]
+        return found
 
     def _uneven_wraps(self) -> Iterator[RewriteError]:
         """Expressions in a loop, which are patched once for all of its rounds, that only some rounds need patched."""

@@ -3,6 +3,7 @@
 The sharded class of a leaf runs other ops than the module did (the bias is added after the sum, the lookup is
 in some rows only), so its ops have no counterparts one by one. Instead, its *main* op, which uses its weight,
 has to be that of the whole model: on the same value, after the steps planned for it, with the planned scalars.
+What computes the weight, where it is parametrized, is matched op by op, as outside.
 Its bias has to count once, and the steps after it have to be those planned for the module's result. Nothing
 else may happen inside. Of `nn.MultiheadAttention`, whose class is proven by itself, only the edges are looked
 at: what enters, and what becomes of the product with out_proj's weight.
@@ -47,7 +48,7 @@ class _Main:
     """The op of the whole model that uses the leaf's weight; ``source`` is its other operand."""
 
     node: fx.Node
-    weight: fx.Node
+    weight: Edge
     bias: fx.Node | None
     bias_masked: bool
     source: Edge
@@ -113,30 +114,35 @@ class LeafInside:
 
     def _main(self) -> _Main:
         weight, bias = self._parameter("weight"), self._parameter("bias")
+        weights = self.c.v.anchors.weights if weight is None else {weight}
         for node in self.theirs:
             info = self.c.analysis.ops.get(node)
-            if weight is None or info is None or all(o.node is not weight for o in info.operands):
+            if info is None or node in weights:
                 continue
             edges = [Edge(o.node, node, i) for i, o in enumerate(info.operands)]
-            sources = [e for e in edges if e.producer not in (weight, bias)]
+            own = [e for e in edges if e.producer in weights]
             biases = [e for e in edges if e.producer is bias]
-            if len(sources) == 1:
+            sources = [e for e in edges if e not in own and e not in biases]
+            if len(own) == len(sources) == 1:
                 masked = any(e in self.c.v.choice.communication.masked for e in biases)
-                return _Main(node, weight, bias if biases else None, masked, sources[0])
+                return _Main(node, own[0], bias if biases else None, masked, sources[0])
         raise Differs("does not use its weight once in the whole model")
 
     def _one_op(self, inside: Sequence[fx.Node], outer: Mapping[fx.Node, Value]) -> Mapping[fx.Node, Value]:
         main = self._main()
         values = dict(outer)
-        weight, unbiased = self.c.roots[main.weight][0], _Unbiased(main.node)
+        weight, unbiased = self.c.roots[main.weight.producer][0], _Unbiased(main.node)
         for node in inside:
+            if node in self.c.weights:
+                values[node] = self.c.value_of(node, values)
+                continue
             unknown = [source for source in node.all_input_nodes if source not in values]
             if unknown or not node.all_input_nodes:
                 raise Differs(f"does {node.target}, which was not planned")
             operands = [values[source] for source in node.all_input_nodes]
             roots = [value.root for value in operands]
             if len(operands) == 1 and self._passes_on(node, operands[0]):
-                self._check_dim(node)
+                self._check_dim(node, main)
                 values[node] = self.c.passed_on(node, operands[0])
             elif weight in roots:
                 values[node] = self._value_of_main(node, main, values)
@@ -168,12 +174,12 @@ class LeafInside:
         of_parameter = isinstance(value.root, tuple) and value.root[0] == "param"
         return op_name(node) in (_LAYOUTS | _CASTS if of_parameter else _VIEWS)
 
-    def _check_dim(self, node: fx.Node) -> None:
+    def _check_dim(self, node: fx.Node, main: _Main) -> None:
         """A slice or gather inside is along the features, or the channels of a convolution."""
-        step, shape, weight = step_of(node), shape_of(node), self._parameter("weight")
-        if step is None or step[0] not in ("take", "gather") or shape is None or weight is None:
+        step, shape = step_of(node), shape_of(node)
+        if step is None or step[0] not in ("take", "gather") or shape is None:
             return
-        channels = weight.meta["val"].dim() - 1 if self.kind == "conv" else 1
+        channels = main.weight.producer.meta["val"].dim() - 1 if self.kind == "conv" else 1
         if step[1] != len(shape) - channels:
             raise Differs(f"does {show_steps((step,))} along dim {step[1]} of {len(shape)}")
 
@@ -185,8 +191,13 @@ class LeafInside:
         steps, planned = values[mine].steps, self.c.planned.on_edge(main.source)
         if dimless(steps) != dimless(planned):
             raise Differs(f"takes its input after {show_steps(steps)}, planned was {show_steps(planned)}")
-        if values[by_root[self.c.roots[main.weight]]].steps:
+        weight = by_root[self.c.roots[main.weight.producer]]
+        if values[weight].steps != self.c.planned.on_edge(main.weight):
             raise Differs("does something to its weight")
+        if main.weight.producer in self.c.v.anchors.weights:
+            want, have = self.c.whole.operand_shape(main.weight), shape_of(weight)
+            if want != have:
+                raise Differs(f"has a weight of shape {have}, planned was {want}")
         want, have = self.c.whole.operand_shape(main.source), shape_of(mine) or ()
         if self.kind in ("linear", "conv1d"):
             want, have = want[-1:], have[-1:]

@@ -70,7 +70,7 @@ class Numbering:
                 self.roots[node] = (self.roots[node.args[0]][0], item_of(node))
                 continue
             self.roots[node] = (node, 0)
-            if self._in_leaf(node):
+            if self._in_leaf(node) and node not in self.v.anchors.weights:
                 continue
             key = (node.target, tuple(operand_roots(node, self.roots)))
             if self._is_plain(node):

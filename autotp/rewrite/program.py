@@ -22,6 +22,7 @@ class Leaf:
         before: steps on the inputs at ``ports``; after: steps on its output.
         bias: added locally, once after the reduce, or on one rank only because the output stays Partial.
         share: leaves with the same number enter the same value and share its gradient's all-reduce.
+        rows: the first dim of a convolution's weight.
     """
 
     fqn: str
@@ -31,6 +32,7 @@ class Leaf:
     bias: Bias = "local"
     share: int | None = None
     ports: frozenset[Path] = frozenset()
+    rows: Dim | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def _swap_attention(
 ) -> None:
     assert isinstance(module, nn.MultiheadAttention)
     name, parts = (
-        ("in_proj_weight", 3) if module._parameters["in_proj_weight"] is not None else ("q_proj_weight", 1)
+        ("in_proj_weight", 3) if module._parameters.get("in_proj_weight") is not None else ("q_proj_weight", 1)
     )
     dims = own.get(name)
     if dims is None or "out_proj.weight" not in own:
@@ -147,8 +147,9 @@ def _swap_conv(
     assert isinstance(module, nn.modules.conv._ConvNd)
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     per_group = (module.in_channels if transposed else module.out_channels) // module.groups
+    assert leaf.rows is not None
     options = ConvOptions(
-        groups=1 if module.groups == 1 else module.weight.shape[0] // per_group,
+        groups=1 if module.groups == 1 else rank.size(leaf.rows) // per_group,
         enter=enter,
         reduce=reduce,
         bias=leaf.bias,

@@ -36,7 +36,7 @@ from ..trace.differentiable import differentiable
 from ..trace.graph import Call, ModuleCall, Trace
 from ..trace.memory import storages
 from ..trace.provenance import expression, sizes_in
-from .anchors import Anchors
+from .anchors import Anchors, computed_weights
 from .bind import Rank, group_name
 from .leaves import Differs, LeafInside
 from .numbering import Numbering, PlannedSteps, collapsed, constant_key, operand_roots
@@ -123,6 +123,7 @@ class Comparison:
         self.with_gradient = differentiable(local) if verifier.gradients else frozenset()
         self.whole = Numbering(verifier, rank)
         self.roots = self.whole.roots
+        self.weights = computed_weights(local, verifier.leaves)
         self.serial: dict[object, int] = defaultdict(int)
         self.param_names = {node: self.reference.aliases.get(fqn, fqn) for fqn, node in local.params.items()}
 
@@ -139,7 +140,6 @@ class Comparison:
             raise VerifyError("the rewritten model takes other inputs")
         for i, port in enumerate(self.local.inputs):
             values[port.node] = Value(("input", i), 0, ())
-        shapes = {n: shape_of(n) for n in nodes}
         done = 0
         for position, node in enumerate(nodes):
             if position < done:
@@ -151,7 +151,7 @@ class Comparison:
             elif node.op == "get_attr":
                 values[node] = Value(constant_key(self.local.graph, node, self.local.constants), 0, ())
             elif node.op == "call_function":
-                values[node] = self._value_of(node, values, shapes)
+                values[node] = self.value_of(node, values)
         self._check_outputs(values)
 
     def _inside_leaf(
@@ -174,9 +174,12 @@ class Comparison:
             return value
         return Value(value.root, value.output, (*value.steps, step))
 
-    def _value_of(
-        self, node: fx.Node, values: dict[fx.Node, Value], shapes: dict[fx.Node, Shape | None]
-    ) -> Value:
+    def value_of(self, node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
+        """What the result of an op stands for.
+
+        Raises:
+            VerifyError: nothing that was planned.
+        """
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if step_of(node) is not None:
             assert source is not None
@@ -184,12 +187,12 @@ class Comparison:
         if node.target is operator.getitem and source is not None:
             value = values[source]
             return Value(value.root, item_of(node), value.steps)
-        same = collapsed(node, shapes.__getitem__)
+        same = collapsed(node, shape_of)
         if same is not None:
             return values[same]
         return self._match(node, values)
 
-    def _match(self, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    def _match(self, node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
         roots = {n: (values[n].root, values[n].output) for n in node.all_input_nodes if n in values}
         missing = [n for n in node.all_input_nodes if n not in roots]
         if missing:
@@ -222,7 +225,7 @@ class Comparison:
                 atoms.update(atoms_of(dims[0][size.dim]) if dims else ())
         return frozenset(c.key for c in self.v.choice.candidates if not atoms.isdisjoint(c.atoms))
 
-    def _differs(self, node: fx.Node, twin: fx.Node, values: dict[fx.Node, Value]) -> str | None:
+    def _differs(self, node: fx.Node, twin: fx.Node, values: Mapping[fx.Node, Value]) -> str | None:
         """Why ``node`` is not what was planned for the reference op ``twin``; None where it is."""
         info = self.analysis.ops.get(twin)
         local_operands = dict(tensor_args(node))

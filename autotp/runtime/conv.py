@@ -56,7 +56,7 @@ class ShardedConv(Sharded):
         if kind is None:
             names = ", ".join(f"nn.{kind.__name__}" for kind in cls._kinds)
             raise RewriteError(f"{type(module).__qualname__} is none of {names}.")
-        check_swappable(module, kind.forward, ("weight", "bias"))
+        check_swappable(module, kind.forward, ("bias",))
         become(module, cls, options)
         module.groups = options.groups  # type: ignore[assignment]
 
@@ -66,7 +66,8 @@ class ShardedConv(Sharded):
     def _between_edges(self, input: Tensor, convolve: Convolve) -> Tensor:
         """``convolve(x, weight, bias)`` of what enters, and what becomes of its result."""
         tp = self._tp
-        channels = 1 - self.weight.dim()  # counted from the end: the batch dim may be missing
+        weight = self.weight  # once: where it is parametrized, this computes it
+        channels = 1 - weight.dim()  # counted from the end: the batch dim may be missing
         x = input
         if tp.enter is not None:
             x = apply_enter(x, tp.enter)
@@ -74,15 +75,15 @@ class ShardedConv(Sharded):
             x = tp.take(x, channels)
         bias = self.bias
         if bias is None or tp.bias == "local":
-            y = convolve(x, self.weight, bias)
+            y = convolve(x, weight, bias)
         elif tp.bias == "masked":
-            y = convolve(x, self.weight, ops.mask(bias, tp.keep))
+            y = convolve(x, weight, ops.mask(bias, tp.keep))
         else:
-            y = convolve(x, self.weight, None)
+            y = convolve(x, weight, None)
         if tp.reduce is not None:
             y = ops.all_reduce(y, tp.reduce)
         if tp.bias == "after" and bias is not None:
-            y = y + as_dtype(bias, y).view(-1, *[1] * (self.weight.dim() - 2))
+            y = y + as_dtype(bias, y).view(-1, *[1] * (weight.dim() - 2))
         if tp.gather is not None:
             y = tp.gather(y, channels)
         return y
@@ -100,7 +101,7 @@ class ShardedTransposedConv(ShardedConv):
     _kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        spatial = self.weight.dim() - 2
+        spatial = len(self.kernel_size)
         convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation

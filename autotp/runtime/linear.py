@@ -38,7 +38,7 @@ class LinearOptions:
 
 class ShardedLinear(Sharded, nn.Linear):
     """``nn.Linear`` on this rank's rows or columns of the weight. ``in_features`` and ``out_features`` go on saying the
-    whole: adapters are made by them.
+    whole: adapters are made by them. The weight may be parametrized: it is made of local parameters then.
     """
 
     _tp: LinearOptions
@@ -46,7 +46,7 @@ class ShardedLinear(Sharded, nn.Linear):
     @staticmethod
     def swap(module: nn.Linear, options: LinearOptions) -> None:
         """Make ``module``, whose parameters are local already, a sharded one. Changes it in place."""
-        check_swappable(module, nn.Linear.forward, ("weight", "bias"))
+        check_swappable(module, nn.Linear.forward, ("bias",))
         become(module, ShardedLinear, options)
 
     def forward(self, input: Tensor) -> Tensor:

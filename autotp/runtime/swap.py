@@ -43,8 +43,8 @@ def become(module: nn.Module, mixin: type[Sharded], options: Any, inner: bool = 
 
 
 def check_swappable(module: nn.Module, forward: Any, parameters: Sequence[str]) -> None:
-    """Refuse a module whose forward is not the one that the sharded module replaces, or that is
-    parametrized.
+    """Refuse a module whose forward is not the one that the sharded module replaces, or of which one of these
+    parameters is parametrized.
     """
     kind = type(module).__qualname__
     if isinstance(module, Sharded):
@@ -59,8 +59,8 @@ def check_swappable(module: nn.Module, forward: Any, parameters: Sequence[str]) 
     for name in parameters:
         if name not in module._parameters:
             raise RewriteError(
-                f"cannot swap a {kind}: its {name!r} is not a plain parameter (is it parametrized, as by "
-                "weight_norm?). Remove the parametrization, or replicate the module in the plan."
+                f"cannot swap a {kind}: its {name!r} is not a plain parameter (is it parametrized?). "
+                "Remove the parametrization, or replicate the module in the plan."
             )
 
 

@@ -213,6 +213,7 @@ NORMS = [
     s("cosine_similarity", "ab*, ab* -> ab", real(2, 3, 5), real(2, 3, 5, seed=1), -1),
     s("cosine_similarity", "a*b, 1*b -> ab", real(2, 3, 5), real(1, 3, 5, seed=1), 1),
     s("_weight_norm", "**a, 11a -> **a", real(3, 5, 7), pos(1, 1, 7), 2),
+    s("_weight_norm", "***,  -> ***", real(3, 5, 7), pos(), -1),
     s("_weight_norm_interface", "a**, a11 -> a**, a11", real(3, 5, 7), pos(3, 1, 1), 0),
     s("pairwise_distance", "a*, a* -> a1", real(3, 5), real(3, 5, seed=1), 2.0, 1e-6, True),
 ]

@@ -30,6 +30,7 @@ SHARDED: Mapping[str, str] = {
     "fused_mha": "column qkv_proj\n row out_proj",
     "transformer_layer": "column attn.W_[qkv] ff.linear1\n row attn.W_o ff.linear2",
     "mlp": "column fc1\n row fc2",
+    "weight_norm": "shard up.*.original[01] mix.*.original[01] down.*.original[01]",
     "linear": "",
     "nanogpt": """
         vocab   transformer.wte
@@ -109,7 +110,7 @@ def expected(name: str) -> Iterator[tuple[str, str]]:
     for line in SHARDED[name].splitlines():
         placement, *patterns = line.split() or [""]
         for pattern in patterns:
-            yield pattern if pattern.endswith("_weight") else f"{pattern}.weight", placement
+            yield pattern if pattern.endswith(("_weight", "[01]")) else f"{pattern}.weight", placement
 
 
 def check(name: str, reports: list[Report], problems: tuple[str, ...] = ()) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
+
+from tests.models.naive import WeightNormed
 
 BATCH, SEQ = 2, 5
 
@@ -257,6 +261,59 @@ class SummedAlready(nn.Module):
         return torch.tanh((self.second(h) + kept * 2) + self.third(h)), torch.tanh(kept)
 
 
+class NormOfAll(nn.Module):
+    """A weight of one length for all of it, which no slice knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = weight_norm(nn.Linear(10, 46), dim=None)
+        self.down = nn.Linear(46, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.up(x)))
+
+
+class LowRank(nn.Module):
+    """A parametrization with parameters of its own."""
+
+    def __init__(self, out: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(out, 3))
+        self.second = nn.Parameter(torch.randn(3, width))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.first @ self.second
+
+
+class Parametrized(nn.Module):
+    """Weights that are computed each time, of a projection with as many rows as the next one has columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(10, 46)
+        self.down = nn.Linear(46, 10)
+        register_parametrization(self.up, "weight", LowRank(46, 10))
+        register_parametrization(self.down, "weight", LowRank(10, 46))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class ParametrizedAttention(nn.Module):
+    """Stays whole: the class that stands in for it takes its weight as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        register_parametrization(self.attention, "in_proj_weight", nn.Tanh())
+        self.up = nn.Linear(12, 46)
+        self.down = nn.Linear(46, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.down(F.gelu(self.up(x)))
+
+
 def floats(width: int) -> Tensor:
     return torch.randn(BATCH, SEQ, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -361,6 +418,22 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
     "summed already": (
         SummedAlready, lambda: floats(10), "up.weight first.weight second.weight third.weight",
     ),
+    "weight norm": (
+        WeightNormed, lambda: floats(10),
+        " ".join(f"{layer}.parametrizations.weight.original{i}" for layer in ("up", "mix", "down") for i in (0, 1)),
+    ),
+    "weight norm by a hook": (
+        lambda: WeightNormed(nn.utils.weight_norm), lambda: floats(10),
+        "up.weight_g up.weight_v mix.weight_g mix.weight_v down.weight_g down.weight_v",
+    ),
+    "weight norm of all": (NormOfAll, lambda: floats(10), "down.weight"),
+    "parametrized": (
+        Parametrized, lambda: floats(10),
+        " ".join(f"{layer}.parametrizations.weight.{own}" for layer, own in (
+            ("up", "original"), ("up", "0.first"), ("down", "original"), ("down", "0.second"),
+        )),
+    ),
+    "parametrized attention": (ParametrizedAttention, lambda: floats(12), "up.weight down.weight"),
     "one norm, many places": (OneNormManyPlaces, lambda: floats(14), "up.weight down.weight"),
 }  # fmt: skip
 

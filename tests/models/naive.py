@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tests.models.case import ModelCase
 
@@ -97,6 +100,20 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class WeightNormed(nn.Module):
+    """Weights of a direction and a length: of each output, of each input, of each channel in groups."""
+
+    def __init__(self, norm: Callable[..., Any] = weight_norm) -> None:
+        super().__init__()
+        self.up = norm(nn.Linear(10, 36))
+        self.mix = norm(nn.Conv1d(36, 36, 3, padding=1, groups=12))
+        self.down = norm(nn.Linear(36, 10), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.mix(F.silu(self.up(x)).mT)).mT
+        return x + self.down(h)
+
+
 def _hidden_states(width: int):
     def feed(generator: torch.Generator, dtype: torch.dtype, batch: int, seq: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, seq, width, generator=generator, dtype=dtype),)
@@ -119,5 +136,6 @@ NAIVE_MODELS = (
         _hidden_states(40),
     ),
     ModelCase("mlp", lambda d_in=28, d_hidden=52, d_out=20: MLP(d_in, d_hidden, d_out), _hidden_states(28)),
+    ModelCase("weight_norm", WeightNormed, _hidden_states(10)),
     ModelCase("linear", lambda d_in=28, d_out=44: nn.Linear(d_in, d_out), _hidden_states(28)),
 )

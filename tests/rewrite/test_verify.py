@@ -39,6 +39,7 @@ FEWER = {"t5": 6}  # each takes seconds
 # The models: name, variant (one layer each, to be quick), number of ranks.
 CASES: Mapping[str, tuple[str, dict[str, object], int]] = {
     "mlp": ("mlp", {}, 2),
+    "weight_norm": ("weight_norm", {}, 2),
     "naive_mha": ("naive_mha", {}, 3),
     "fused_mha": ("fused_mha", {}, 2),
     "transformer_layer": ("transformer_layer", {}, 2),

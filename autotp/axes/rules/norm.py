@@ -116,12 +116,15 @@ def similarity(op: OpContext) -> None:
 
 @rule("aten._weight_norm", "aten._weight_norm_interface")
 def weight_norm(op: OpContext) -> None:
-    """``v · g / ‖v‖``: one norm for each element of one dim, the others are blocked."""
+    """``v · g / ‖v‖``: one norm for each element of one dim, the others are blocked. Dim -1 is none: one norm of all
+    (`aten::norm_except_dim`).
+    """
     v, g = op.tensor("v"), op.tensor("g")
-    at = int(op.args["dim"]) % op.rank(v)
+    at = None if op.args["dim"] == -1 else int(op.args["dim"]) % op.rank(v)
     out = pass_but(op, v, [d for d in range(op.rank(v)) if d != at])
-    out[at] = op.join([(v, at), *([(g, at)] if op.rank(g) == op.rank(v) else [])])
-    norms = [[out[at] if d == at else () for d in range(op.rank(v))]] * (len(op.out_shapes()) - 1)
+    if at is not None:
+        out[at] = op.join([(v, at), *([(g, at)] if op.rank(g) == op.rank(v) else [])])
+    norms = [[out[d] if d == at else () for d in range(op.rank(v))]] * (len(op.out_shapes()) - 1)
     op.outs([out, *norms])
     if not norms:
         op.linear("mul", [g])
