@@ -60,8 +60,12 @@ class Code:
         return f"self.{name}"
 
     def linear(self, hint: str, n: int, m: int, bias: bool | None = None) -> str:
+        """A layer, of which a few are weight-normed."""
         bias = self.draw.chance(0.5) if bias is None else bias
-        return self.attr(hint, f"nn.Linear({n}, {m})" if bias else f"nn.Linear({n}, {m}, bias=False)")
+        made = f"nn.Linear({n}, {m})" if bias else f"nn.Linear({n}, {m}, bias=False)"
+        if self.draw.chance(0.06):
+            made = f"nn.utils.parametrizations.weight_norm({made}, dim={self.draw.pick(0, 1, None)})"
+        return self.attr(hint, made)
 
     def param(self, hint: str, *shape: int) -> str:
         make = "ones" if len(shape) < 2 else "randn"

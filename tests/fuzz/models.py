@@ -234,7 +234,7 @@ class _Writer:
         elif kind == "last":
             c.do(f"return {c.linear('head', width, classes)}({x}[:, -1:])")
         elif kind == "tied":
-            head = c.linear("head", width, vocab, False)
+            head = c.attr("head", f"nn.Linear({width}, {vocab}, bias=False)")
             c.init.append(f"{head}.weight = self.embed.weight")
             c.do(f"return {head}({x})")
         else:
