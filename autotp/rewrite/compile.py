@@ -356,7 +356,6 @@ class _Compiler:
             self.draft.hook_share,
         )
 
-
     def _rows_of_convolutions(self) -> dict[str, Dim]:
         """The first dim of the weight that a convolution takes, which may be computed, by its leaf module."""
         found: dict[str, Dim] = {}

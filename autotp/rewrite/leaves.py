@@ -191,8 +191,8 @@ class LeafInside:
         steps, planned = values[mine].steps, self.c.planned.on_edge(main.source)
         if dimless(steps) != dimless(planned):
             raise Differs(f"takes its input after {show_steps(steps)}, planned was {show_steps(planned)}")
-        weight = by_root[self.c.roots[main.weight.producer]]
-        if values[weight].steps != self.c.planned.on_edge(main.weight):
+        weight = by_root.get(self.c.roots[main.weight.producer])
+        if weight is None or values[weight].steps != self.c.planned.on_edge(main.weight):
             raise Differs("does something to its weight")
         if main.weight.producer in self.c.v.anchors.weights:
             want, have = self.c.whole.operand_shape(main.weight), shape_of(weight)
