@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from autotp.errors import RewriteError
 from autotp.runtime import (
@@ -450,8 +451,15 @@ def test_refusals() -> None:
 
     with pytest.raises(RewriteError, match=r"its forward is its own, not Linear\.forward"):
         ShardedLinear.swap(Scaled(2, 2), LinearOptions())
-    with pytest.raises(RewriteError, match="is not a plain parameter"):
-        ShardedLinear.swap(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), LinearOptions())
+    parametrized: list[tuple[Any, nn.Module, str, Any]] = [
+        (ShardedLinear, nn.Linear(2, 2), "bias", LinearOptions()),
+        (ShardedConv, nn.Conv1d(2, 2, 1), "bias", ConvOptions()),
+        (ShardedEmbedding, nn.Embedding(2, 2), "weight", EmbeddingOptions()),
+    ]
+    for kind, module, name, options in parametrized:
+        register_parametrization(module, name, nn.Tanh())
+        with pytest.raises(RewriteError, match=f"its '{name}' is not a plain parameter"):
+            kind.swap(module, options)
     patched = nn.Linear(2, 2)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(RewriteError, match="forward of its own"):
