@@ -165,7 +165,10 @@ class _Compiler:
 
     def _own_output(self, node: fx.Node, steps: list[Step]) -> bool:
         """Whether an output is gathered where the model's own forward makes it: a loss that it computes of it, in a
-        branch that was not traced, then has the whole."""
+        branch that was not traced, then has the whole. What writes in place may stand alone, its value unused."""
+        info = self.analysis.ops.get(node)
+        if info is not None and info.mutates is not None:
+            return False
         call = self.anchors.site_of(node)
         if call is None or call.module or len(call.frames) != 1 or not self.anchors.has_site(node):
             return False

@@ -273,6 +273,22 @@ class NormOfAll(nn.Module):
         return x + self.down(F.silu(self.up(x)))
 
 
+class AddedInPlace(nn.Module):
+    """The result is written in place, by a statement whose value nothing takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(158, 12)
+        self.up = nn.Linear(12, 1)
+        self.down = nn.Linear(1, 12, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.tokens.weight)
+        out = x.clone()
+        out.add_(self.down(torch.sin(self.up(x))))
+        return out
+
+
 class LowRank(nn.Module):
     """A parametrization with parameters of its own."""
 
@@ -426,6 +442,7 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]]
         lambda: WeightNormed(nn.utils.weight_norm), lambda: floats(10),
         "up.weight_g up.weight_v mix.weight_g mix.weight_v down.weight_g down.weight_v",
     ),
+    "added in place": (AddedInPlace, ids, "tokens.weight down.weight"),
     "weight norm of all": (NormOfAll, lambda: floats(10), "down.weight"),
     "parametrized": (
         Parametrized, lambda: floats(10),
