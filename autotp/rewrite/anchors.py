@@ -65,7 +65,10 @@ def computed_weights(trace: Trace, leaves: Container[str]) -> frozenset[fx.Node]
     own = {node for node in nodes if node.op == "get_attr"} | set(trace.params.values())
     found: set[fx.Node] = set()
     for call in trace.calls:
-        if call.fqn in leaves and "weight" not in modules[call.fqn]._parameters:
+        module = modules[call.fqn]
+        if isinstance(module, nn.MultiheadAttention):  # it has several weights, and is looked at from outside
+            continue
+        if call.fqn in leaves and "weight" not in module._parameters:
             for node in nodes[call.first : call.last]:
                 if node.all_input_nodes and own.issuperset(node.all_input_nodes):
                     own.add(node)
