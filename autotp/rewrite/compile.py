@@ -17,6 +17,7 @@ from ..plan.parts import is_disjoint
 from ..plan.planner import Choice
 from ..trace.differentiable import differentiable, has_gradient
 from ..trace.graph import Call, Path, Site
+from ..trace.sites import is_statement
 from .anchors import Anchors, Boundary
 from .planned import planned_steps, sharded_parameters, uses_of
 from .program import Bias, Draw, Leaf, Program, Wrap
@@ -165,12 +166,11 @@ class _Compiler:
 
     def _own_output(self, node: fx.Node, steps: list[Step]) -> bool:
         """Whether an output is gathered where the model's own forward makes it: a loss that it computes of it, in a
-        branch that was not traced, then has the whole. What writes in place may stand alone, its value unused."""
-        info = self.analysis.ops.get(node)
-        if info is not None and info.mutates is not None:
-            return False
+        branch that was not traced, then has the whole. Not at a statement (`x.add_(y)`), whose value nothing takes."""
         call = self.anchors.site_of(node)
         if call is None or call.module or len(call.frames) != 1 or not self.anchors.has_site(node):
+            return False
+        if is_statement(call.frames[0]):
             return False
         return any(isinstance(step, Gather) for step in steps)
 

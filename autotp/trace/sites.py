@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import os
 import sysconfig
 from functools import cache
+from itertools import pairwise
 from types import CodeType, FrameType
 from typing import Any
 
@@ -43,6 +45,15 @@ def site_at(code: CodeType, lasti: int) -> Site:
     line, end_line, col, end_col = positions[lasti // 2] if lasti >= 0 else (None, None, None, None)
     line = line or code.co_firstlineno
     return Site(code.co_filename, code.co_qualname, code, line, end_line or line, col or 0, end_col or 0)
+
+
+def is_statement(site: Site) -> bool:
+    """Whether the expression is a statement by itself: what it gives, Python drops."""
+    where = dis.Positions(site.line, site.end_line, site.col, site.end_col)
+    return any(
+        one.positions == where and after.opname == "POP_TOP"
+        for one, after in pairwise(dis.get_instructions(site.code))
+    )
 
 
 def forward_code(module: nn.Module) -> CodeType | None:

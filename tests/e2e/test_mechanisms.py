@@ -15,7 +15,7 @@ from autotp.rewrite.state import sharding_of
 from autotp.runtime.record import record_collectives
 from tests.dist.pool import Pool
 from tests.e2e.compare import Problems, compare_collectives, compare_passes
-from tests.models.mechanisms import IN_GROUPS, MECHANISMS, PositionTable, floats, ids
+from tests.models.mechanisms import IN_GROUPS, MECHANISMS, OwnLoss, PositionTable, floats, ids
 
 
 def compare_mechanism(
@@ -79,3 +79,22 @@ def compare_longer() -> tuple[str, ...]:
 
 def test_longer_inputs_than_the_traced_ones(dist: Pool) -> None:
     assert dist.run(2, compare_longer) == [()] * 2
+
+
+def compare_loss(in_place: bool) -> tuple[str, ...]:
+    """The model was traced without labels; of its sharded output it then computes a loss."""
+    torch.manual_seed(1)
+    reference = OwnLoss(in_place).double()
+    model = copy.deepcopy(reference)
+    x, labels = floats(10), torch.rand(158).double()
+    autotp.parallelize(model, example_inputs=(x,))
+    problems = Problems()
+    problems.equal("rows of the head", model.head.weight.shape[0], 158 // 2)
+    problems.close("output", model(x), reference(x))
+    problems.close("loss", model(x, labels), reference(x, labels))
+    return tuple(problems.found)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_loss_in_a_branch_that_was_not_traced(dist: Pool, in_place: bool) -> None:
+    assert dist.run(2, compare_loss, in_place) == [()] * 2

@@ -289,6 +289,24 @@ class AddedInPlace(nn.Module):
         return out
 
 
+class OwnLoss(nn.Module):
+    """Its own forward scales its output, in place or not, and computes a loss of it where labels are given."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.up = nn.Linear(10, 1)
+        self.head = nn.Linear(1, 158, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = self.head(self.up(x).sin()) * 3
+        if self.in_place:
+            logits = logits.mul_(0.5)
+        else:
+            logits = logits * 0.5
+        return logits if labels is None else (logits - labels).square().mean()
+
+
 class LowRank(nn.Module):
     """A parametrization with parameters of its own."""
 

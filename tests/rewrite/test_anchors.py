@@ -44,3 +44,13 @@ def test_places_that_are_the_same_code() -> None:
     assert len(relu) == len(times) == 3
     operand = (*relu[1], "operand")
     assert anchors.alike(relu[0], [*relu, *times, operand, argument]) == frozenset(relu)
+
+
+def test_weights_that_leaves_compute() -> None:
+    """A normed weight is one; a slice or a transpose of a plain weight is none, in attention neither."""
+    attention = nn.MultiheadAttention(6, 2, batch_first=True)
+    x = torch.randn(2, 3, 6)
+    assert Anchors(trace(attention, (x, x, x))).weights == frozenset()
+    assert Anchors(trace(nn.Linear(6, 5), (x,))).weights == frozenset()
+    normed = Anchors(trace(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), (x,))).weights
+    assert torch.ops.aten._weight_norm.default in {node.target for node in normed}
